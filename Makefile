@@ -1,0 +1,56 @@
+# Everything lives in .venv beside this file; `make demo` and `make test` set it up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: demo test test-slow test-parity lint format types bench clean
+
+demo: .venv/core
+	$(BIN)/podwright demo
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not parity and not gpu"
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
+
+test-parity: .venv/parity
+	$(BIN)/python -m pytest -m parity
+
+lint: .venv/test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: .venv/test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: .venv/test
+	$(BIN)/mypy
+
+bench: .venv/parity
+	$(BIN)/python -m benchmarks.first_minute
+	$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf .venv
+
+# One stamp file an extra: the environment is rebuilt when pyproject.toml changes.
+.venv/pyvenv.cfg:
+ifdef UV
+	uv venv --quiet --python $(PYTHON) --seed .venv
+else
+	$(PYTHON) -m venv .venv
+endif
+
+INSTALL = $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+
+.venv/core: pyproject.toml .venv/pyvenv.cfg
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/test: pyproject.toml .venv/pyvenv.cfg
+	$(INSTALL) -e '.[test]'
+	@touch $@ .venv/core
+
+.venv/parity: pyproject.toml .venv/pyvenv.cfg
+	$(INSTALL) -e '.[test,parity]'
+	@touch $@ .venv/test .venv/core

@@ -1,0 +1,82 @@
+"""Parameters: shape, logical axes and initialiser on one line; initial values, shardings and restore targets follow.
+
+A model is a `flax.nnx.Module` used as an immutable pytree: it owns parameters and calls functions over arrays.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> float32 array
+Spec = Callable[..., PartitionSpec]  # logical axis names -> PartitionSpec, see sharding.rules.Rules.spec
+
+
+@dataclass(frozen=True)
+class Init:
+    """Makes parameters below one name. Keys fold in names, never positions, so adding a parameter moves no other."""
+
+    key: jax.Array
+    spec: Spec
+    num_layers: int | None = None  # number of stacked layers, or None for a single one
+
+    def scope(self, name: str) -> "Init":
+        return replace(self, key=_fold_name(self.key, name))
+
+    def stacked(self, num_layers: int) -> "Init":
+        """Every parameter below gets a leading `layers` axis, each layer with a key of its own."""
+        return replace(self, num_layers=num_layers)
+
+    def param(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser) -> nnx.Param:
+        """A float32 parameter of `shape`, divided over the mesh by its logical `axes` (one per dimension)."""
+        if len(shape) != len(axes):
+            raise ValueError(f"parameter {name}: shape {shape} has {len(shape)} axes, {axes} names {len(axes)}")
+        key = _fold_name(self.key, name)
+        if self.num_layers is None:
+            value = initialiser(key, shape)
+        else:
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.num_layers))
+            value = jax.vmap(lambda k: initialiser(k, shape))(keys)
+            axes = ("layers", *axes)
+        return nnx.Param(jax.sharding.reshard(value.astype(jnp.float32), self.spec(*axes)))
+
+
+def _fold_name(key: jax.Array, name: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def normal(variance: float) -> Initialiser:
+    return lambda key, shape: jax.random.normal(key, shape) * variance**0.5
+
+
+def truncated_normal(variance: float) -> Initialiser:
+    """Normal cut at two standard deviations, widened so that the variance is as asked (0.8796 = std of the cut normal)."""
+    return lambda key, shape: jax.random.truncated_normal(key, -2, 2, shape) * (variance**0.5 / 0.87962566)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros(shape)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.ones(shape)
+
+
+def named_leaves(tree) -> dict[str, jax.Array]:
+    """Arrays of a model by stable slash-joined names (`groups/rec_0/mlp/up`): no framework class, no `.value`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path) -> str:
+    """Slash-joined name of a pytree path; nnx's own `.value` step is left out."""
+    parts = []
+    for step in path:
+        part = getattr(step, "name", getattr(step, "key", getattr(step, "idx", None)))
+        if part != "value":
+            parts.append(str(part))
+    return "/".join(parts)

@@ -1,0 +1,46 @@
+"""The one table from logical axis names to mesh axes. Models name axes only logically; nothing else names mesh axes."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from jax.sharding import PartitionSpec
+
+BATCH = ("replica", "data", "fsdp")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which mesh axes divide which logical axis; None leaves it whole on every device.
+
+    Parameters are divided along `embed` (fully sharded) and along one of the tensor axes; a layer gathers its
+    parameters' `embed` axis before it multiplies. Activations are divided along batch, seq and the tensor axes.
+    """
+
+    batch: tuple[str, ...] | str | None = BATCH
+    seq: tuple[str, ...] | str | None = "sequence"
+    embed: tuple[str, ...] | str | None = "fsdp"  # the parameters' model width; the activations' width stays whole
+    mlp: tuple[str, ...] | str | None = "tensor"
+    heads: tuple[str, ...] | str | None = "tensor"
+    kv_heads: tuple[str, ...] | str | None = None  # few: replicated over the tensor axis
+    rnn: tuple[str, ...] | str | None = "tensor"  # recurrence channels
+    gate_blocks: tuple[str, ...] | str | None = "tensor"  # diagonal blocks of the RG-LRU gates
+    vocab: tuple[str, ...] | str | None = "tensor"
+    layers: tuple[str, ...] | str | None = None  # stacked layers are scanned over
+    channels_in: tuple[str, ...] | str | None = None
+    channels_out: tuple[str, ...] | str | None = "fsdp"  # convolution and dense kernels of NFNet
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """PartitionSpec of an array whose axes have these logical names (None: not divided).
+
+        Raises ValueError if one mesh axis would divide two axes of the same array.
+        """
+        axes = [None if name is None else getattr(self, name) for name in names]
+        used = [mesh_axis for axis in axes if axis for mesh_axis in ((axis,) if isinstance(axis, str) else axis)]
+        if len(used) != len(set(used)):
+            table = {name: axis for name, axis in zip(names, axes, strict=True) if axis}
+            raise ValueError(f"one mesh axis would divide two axes of one array: {table}")
+        return PartitionSpec(*axes)
+
+
+def logical_axes() -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(Rules))
