@@ -6,6 +6,7 @@ longer fit), "result" (the same batches lead to other parameters). A field witho
 """
 
 import dataclasses
+import difflib
 import math
 
 import typing
@@ -33,6 +34,51 @@ def setting(
     """A config field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
     metadata = dict(help=help, low=low, above=above, high=high, below=below, choices=choices, changes=changes)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def divides(section: Any, divisor: str, number: str) -> None:
+    a, b = getattr(section, divisor), getattr(section, number)
+    if b % a:
+        near = min((d for d in range(1, b + 1) if b % d == 0), key=lambda d: abs(d - a))
+        raise ConfigError(f"{divisor}={a} does not divide {number}={b}: the nearest that does is {near}")
+
+
+def type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {type_name(typing.get_args(hint)[0])} separated by commas"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
+    """Type and range of one field. Raises ConfigError with the field's bare name."""
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, tuple) or not value:
+            raise ConfigError(f"{field.name}={value!r} is not {type_name(hint)}")
+        values, hint = value, item
+    else:
+        values = (value,)
+    meta = field.metadata
+    for v in values:
+        ok = isinstance(v, hint) and not (isinstance(v, bool) and hint is not bool)
+        if hint is float and isinstance(v, int) and not isinstance(v, bool):
+            ok = True
+        if not ok or (isinstance(v, float) and not math.isfinite(v)):
+            raise ConfigError(f"{field.name}={v!r} is not {type_name(hint)}")
+        limits = [
+            (meta["low"], "at least", lambda v, b: v >= b),
+            (meta["above"], "above", lambda v, b: v > b),
+            (meta["high"], "at most", lambda v, b: v <= b),
+            (meta["below"], "below", lambda v, b: v < b),
+        ]
+        if any(bound is not None and not holds(v, bound) for bound, _, holds in limits):
+            allowed = " and ".join(f"{word} {bound:g}" for bound, word, _ in limits if bound is not None)
+            raise ConfigError(f"{field.name}={v!r} is out of range: {type_name(hint)} {allowed} is allowed")
+        if meta["choices"] and v not in meta["choices"]:
+            near = difflib.get_close_matches(str(v), [str(c) for c in meta["choices"]], n=1, cutoff=0.0)
+            allowed = ", ".join(str(c) for c in meta["choices"])
+            hint_text = f", perhaps {near[0]}" if near and len(meta["choices"]) > 1 else ""
+            raise ConfigError(f"{field.name}={v!r} is not one of {allowed}{hint_text}")
 
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
@@ -106,11 +152,15 @@ class GemmaConfig(Section):
     query_scale: float = setting(0.0, "factor on queries; 0 means head_dim**-0.5", low=0, changes=_MATH)
     qk_norm: bool = setting(True, "RMSNorm on queries and keys (Gemma 3)", changes=_ARCH)
     post_norm: bool = setting(True, "RMSNorm on each sub-layer's output (Gemma 2 and 3)", changes=_ARCH)
-    attention_soft_cap: float = setting(0.0, "soft cap on attention logits (Gemma 2: 50); 0 for none", low=0, changes=_MATH)
+    attention_soft_cap: float = setting(
+        0.0, "soft cap on attention logits (Gemma 2: 50); 0 for none", low=0, changes=_MATH
+    )
     logits_soft_cap: float = setting(0.0, "soft cap on output logits (Gemma 2: 30); 0 for none", low=0, changes=_MATH)
     rope_base_local: float = setting(1e4, "rotary base of local layers", above=1, changes=_MATH)
     rope_base_global: float = setting(1e6, "rotary base of global layers (Gemma 1 and 2: 1e4)", above=1, changes=_MATH)
-    rope_divisor_global: float = setting(1.0, "divides positions in global layers (Gemma 3 4B and up: 8)", above=0, changes=_MATH)
+    rope_divisor_global: float = setting(
+        1.0, "divides positions in global layers (Gemma 3 4B and up: 8)", above=0, changes=_MATH
+    )
 
     def check(self) -> None:
         divides(self, "num_kv_heads", "num_heads")
@@ -125,7 +175,9 @@ class NFNetConfig(Section):
     kind: ClassVar[str] = "nfnet"
     num_classes: int = setting(10, "classes", low=2, changes=_ARCH)
     channels: int = setting(1, "channels of the input images", low=1, changes=_ARCH)
-    stem_widths: tuple[int, ...] = setting((8, 16, 16, 32), "output channels of the four stem convolutions", low=1, changes=_ARCH)
+    stem_widths: tuple[int, ...] = setting(
+        (8, 16, 16, 32), "output channels of the four stem convolutions", low=1, changes=_ARCH
+    )
     widths: tuple[int, ...] = setting((64, 96, 128, 128), "output channels of the stages", low=1, changes=_ARCH)
     depths: tuple[int, ...] = setting((1, 1, 2, 1), "blocks of the stages", low=1, changes=_ARCH)
     group_width: int = setting(16, "channels of one convolution group", low=1, changes=_ARCH)
@@ -137,17 +189,26 @@ class NFNetConfig(Section):
     stochastic_depth: float = setting(0.0, "drop rate the last block approaches", low=0, below=1, changes=_MATH)
     gelu_approximate: bool = setting(True, "tanh GELU (DeepMind) or erf GELU (timm)", changes=_MATH)
     ws_eps_mode: str = setting(
-        "max_nvar", "weight standardisation's eps: DeepMind's rule or timm's", choices=("max_nvar", "add_var"), changes=_MATH
+        "max_nvar",
+        "weight standardisation's eps: DeepMind's rule or timm's",
+        choices=("max_nvar", "add_var"),
+        changes=_MATH,
     )
 
     def check(self) -> None:
         if len(self.widths) != len(self.depths):
-            raise ConfigError(f"depths={self.depths} has {len(self.depths)} stages but widths={self.widths} has {len(self.widths)}")
+            raise ConfigError(
+                f"depths={self.depths} has {len(self.depths)} stages but widths={self.widths} has {len(self.widths)}"
+            )
         if len(self.stem_widths) != 4:
-            raise ConfigError(f"stem_widths={self.stem_widths} has {len(self.stem_widths)} entries, the stem has 4 convolutions")
+            raise ConfigError(
+                f"stem_widths={self.stem_widths} has {len(self.stem_widths)} entries, the stem has 4 convolutions"
+            )
         for width in self.widths:
             if int(self.bottleneck * width) < self.group_width:
-                raise ConfigError(f"group_width={self.group_width} is wider than the {self.bottleneck} * {width} channels inside a block")
+                raise ConfigError(
+                    f"group_width={self.group_width} is wider than the {self.bottleneck} * {width} channels inside a block"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +216,18 @@ class TextData(Section):
     """Documents, tokenised, concatenated and cut into rows of equal length."""
 
     kind: ClassVar[str] = "text"
-    corpus: str = setting("stdlib", "'stdlib' (Python's own sources on this machine) or a folder of text files", changes=_DATA)
+    corpus: str = setting(
+        "stdlib", "'stdlib' (Python's own sources on this machine) or a folder of text files", changes=_DATA
+    )
     pattern: str = setting("**/*.py", "glob of the files below the corpus folder", changes=_DATA)
     tokenizer: str = setting(
         "bytes", "'bytes', 'sentencepiece:N' (trained on the corpus) or a .model file", changes=(*_DATA, "checkpoint")
     )
     sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
     batch_size: int = setting(16, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    held_out: float = setting(0.05, "share of documents kept for evaluation, by hash of their path", above=0, below=1, changes=_DATA)
+    held_out: float = setting(
+        0.05, "share of documents kept for evaluation, by hash of their path", above=0, below=1, changes=_DATA
+    )
     seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
 
 
@@ -171,7 +236,9 @@ class ImageData(Section):
     """Labelled images."""
 
     kind: ClassVar[str] = "images"
-    source: str = setting("digits", "scikit-learn's handwritten digits (1,797 of 8 by 8)", choices=("digits",), changes=_DATA)
+    source: str = setting(
+        "digits", "scikit-learn's handwritten digits (1,797 of 8 by 8)", choices=("digits",), changes=_DATA
+    )
     image_size: int = setting(16, "pixels a side after resizing", low=8, changes=(*_DATA, "recompile"))
     batch_size: int = setting(64, "images a step, over all devices", low=1, changes=(*_DATA, "recompile"))
     held_out: float = setting(0.2, "share of images kept for evaluation", above=0, below=1, changes=_DATA)
@@ -185,11 +252,15 @@ class OptimizerConfig(Section):
     learning_rate: float = setting(3e-3, "peak learning rate", above=0, changes=_MATH)
     schedule: str = setting("cosine", "after warm-up", choices=("cosine", "constant"), changes=_MATH)
     warmup_steps: int = setting(20, "steps of linear warm-up", low=0, changes=_MATH)
-    final_fraction: float = setting(0.1, "learning rate at the end over its peak (cosine)", low=0, high=1, changes=_MATH)
+    final_fraction: float = setting(
+        0.1, "learning rate at the end over its peak (cosine)", low=0, high=1, changes=_MATH
+    )
     beta1: float = setting(0.9, "Adam's first moment, or SGD's Nesterov momentum", low=0, below=1, changes=_MATH)
     beta2: float = setting(0.95, "Adam's second moment", low=0, below=1, changes=_MATH)
     eps: float = setting(1e-8, "Adam's epsilon", above=0, changes=_MATH)
-    weight_decay: float = setting(0.1, "decoupled for adamw, coupled L2 for sgd; matrices only, by name", low=0, changes=_MATH)
+    weight_decay: float = setting(
+        0.1, "decoupled for adamw, coupled L2 for sgd; matrices only, by name", low=0, changes=_MATH
+    )
     clip_norm: float = setting(1.0, "global gradient norm clip; 0 for none", low=0, changes=_MATH)
     adaptive_clip: float = setting(0.0, "adaptive gradient clipping (NFNet: 0.01); 0 for none", low=0, changes=_MATH)
 
@@ -209,10 +280,14 @@ class MeshConfig(Section):
         sizes = {axis: getattr(self, axis) for axis in MESH_FIELDS}
         for axis, size in sizes.items():
             if size == 0:
-                raise ConfigError(f"{axis}=0 leaves no device: give a positive number, or -1 for the devices the other axes leave")
+                raise ConfigError(
+                    f"{axis}=0 leaves no device: give a positive number, or -1 for the devices the other axes leave"
+                )
         fill = [axis for axis, size in sizes.items() if size == -1]
         if len(fill) > 1:
-            raise ConfigError(f"{fill[1]}=-1 contradicts {fill[0]}=-1: only one axis can take the devices that are left")
+            raise ConfigError(
+                f"{fill[1]}=-1 contradicts {fill[0]}=-1: only one axis can take the devices that are left"
+            )
 
 
 MESH_FIELDS = ("replica", "data", "fsdp", "sequence", "tensor")
@@ -230,7 +305,9 @@ class TrainerConfig(Section):
     steps: int = setting(300, "optimizer updates in all", low=1, changes=_MATH)
     seed: int = setting(0, "initialisation and dropout", low=0, changes=_MATH)
     compute_dtype: str = setting("float32", "dtype of matrix products", choices=("float32", "bfloat16"), changes=_MATH)
-    remat: str = setting("none", "'layer' recomputes each layer in the backward pass", choices=("none", "layer"), changes=("recompile",))
+    remat: str = setting(
+        "none", "'layer' recomputes each layer in the backward pass", choices=("none", "layer"), changes=("recompile",)
+    )
     log_every: int = setting(10, "steps between printed lines; the metrics file has every step", low=1)
     compilation_cache: str = setting("~/.cache/podwright/xla", "folder of compiled programs; empty for none")
 
@@ -261,7 +338,9 @@ class Config:
     def __post_init__(self) -> None:
         text, image = isinstance(self.data, TextData), isinstance(self.model, NFNetConfig)
         if text == image:
-            raise ConfigError(f"data is {self.data.kind} but model is {self.model.kind}: a {self.model.kind} model cannot train on it")
+            raise ConfigError(
+                f"data is {self.data.kind} but model is {self.model.kind}: a {self.model.kind} model cannot train on it"
+            )
         if self.optimizer.warmup_steps > self.trainer.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than trainer.steps={self.trainer.steps}: "
@@ -274,50 +353,3 @@ KINDS: dict[str, dict[str, type]] = {
     "model": {cls.kind: cls for cls in typing.get_args(ModelConfig)},
     "data": {cls.kind: cls for cls in typing.get_args(DataConfig)},
 }
-
-
-def divides(section: Any, divisor: str, number: str) -> None:
-    a, b = getattr(section, divisor), getattr(section, number)
-    if b % a:
-        near = min((d for d in range(1, b + 1) if b % d == 0), key=lambda d: abs(d - a))
-        raise ConfigError(f"{divisor}={a} does not divide {number}={b}: the nearest that does is {near}")
-
-
-def type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {type_name(typing.get_args(hint)[0])} separated by commas"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
-
-
-def check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
-    """Type and range of one field. Raises ConfigError with the field's bare name."""
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, tuple) or not value:
-            raise ConfigError(f"{field.name}={value!r} is not {type_name(hint)}")
-        values, hint = value, item
-    else:
-        values = (value,)
-    meta = field.metadata
-    for v in values:
-        ok = isinstance(v, hint) and not (isinstance(v, bool) and hint is not bool)
-        if hint is float and isinstance(v, int) and not isinstance(v, bool):
-            ok = True
-        if not ok or (isinstance(v, float) and not math.isfinite(v)):
-            raise ConfigError(f"{field.name}={v!r} is not {type_name(hint)}")
-        limits = [
-            (meta["low"], "at least", lambda v, b: v >= b),
-            (meta["above"], "above", lambda v, b: v > b),
-            (meta["high"], "at most", lambda v, b: v <= b),
-            (meta["below"], "below", lambda v, b: v < b),
-        ]
-        if any(bound is not None and not holds(v, bound) for bound, _, holds in limits):
-            allowed = " and ".join(f"{word} {bound:g}" for bound, word, _ in limits if bound is not None)
-            raise ConfigError(f"{field.name}={v!r} is out of range: {type_name(hint)} {allowed} is allowed")
-        if meta["choices"] and v not in meta["choices"]:
-            import difflib
-
-            near = difflib.get_close_matches(str(v), [str(c) for c in meta["choices"]], n=1, cutoff=0.0)
-            allowed = ", ".join(str(c) for c in meta["choices"])
-            hint_text = f", perhaps {near[0]}" if near and len(meta["choices"]) > 1 else ""
-            raise ConfigError(f"{field.name}={v!r} is not one of {allowed}{hint_text}")

@@ -31,7 +31,9 @@ class Init:
         """Every parameter below gets a leading `layers` axis, each layer with a key of its own."""
         return replace(self, num_layers=num_layers)
 
-    def param(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser) -> nnx.Param:
+    def param(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser
+    ) -> nnx.Param:
         """A float32 parameter of `shape`, divided over the mesh by its logical `axes` (one per dimension)."""
         if len(shape) != len(axes):
             raise ValueError(f"parameter {name}: shape {shape} has {len(shape)} axes, {axes} names {len(axes)}")
