@@ -8,12 +8,11 @@ longer fit), "result" (the same batches lead to other parameters). A field witho
 import dataclasses
 import difflib
 import math
-
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-Effect = Literal["recompile", "data", "checkpoint", "result"]
+EFFECTS = ("recompile", "data", "checkpoint", "result")
 
 
 class ConfigError(ValueError):
@@ -29,7 +28,7 @@ def setting(
     high: float | None = None,
     below: float | None = None,
     choices: tuple | None = None,
-    changes: tuple[Effect, ...] = (),
+    changes: tuple[str, ...] = (),
 ) -> Any:
     """A config field: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
     metadata = dict(help=help, low=low, above=above, high=high, below=below, choices=choices, changes=changes)
