@@ -1,0 +1,21 @@
+"""The mathematics. `FAMILIES` says which models exist: one file and one line a family."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models import griffin
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a trainer asks of a family of models."""
+
+    model: Callable  # (config, init) -> module
+    train_flops: Callable[..., float]  # (config, tokens a row or pixels a side) -> FLOPs a token or image
+    decays: Callable[[str], bool]  # parameter name -> weight decay applies
+    clips: Callable[[str], bool] = lambda name: True  # parameter name -> adaptive gradient clipping applies
+
+
+FAMILIES = {
+    "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays),
+}

@@ -82,3 +82,15 @@ def path_name(path) -> str:
         if part != "value":
             parts.append(str(part))
     return "/".join(parts)
+
+
+def cast_kernels(model, dtype):
+    """The model with its matrices in the compute dtype; vectors (norms, biases, recurrence) stay float32.
+
+    Done once before the layers are scanned, so that what is gathered over the mesh is already narrow.
+    """
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if path_name(path).endswith(("kernel", "table")) else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, model)

@@ -35,6 +35,12 @@ def make_mesh(mesh: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), MESH_FIELDS, axis_types=(AxisType.Explicit,) * len(sizes))
 
 
+def one_device_mesh() -> Mesh:
+    """A mesh over the first device alone, with every axis present."""
+    axes = (AxisType.Explicit,) * len(MESH_FIELDS)
+    return jax.make_mesh((1,) * len(MESH_FIELDS), MESH_FIELDS, axis_types=axes, devices=jax.devices()[:1])
+
+
 def describe(mesh: Mesh) -> str:
     """For example `8 cpu devices: data 2, fsdp 2, tensor 2`."""
     kind = mesh.devices.flat[0].device_kind

@@ -1,9 +1,10 @@
 """The one table from logical axis names to mesh axes. Models name axes only logically; nothing else names mesh axes."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 BATCH = ("replica", "data", "fsdp")
 
@@ -17,7 +18,7 @@ class Rules:
     """
 
     batch: tuple[str, ...] | str | None = BATCH
-    seq: tuple[str, ...] | str | None = "sequence"
+    seq: tuple[str, ...] | str | None = None  # whole sequences on each device: mixers do not exchange carries yet
     embed: tuple[str, ...] | str | None = "fsdp"  # the parameters' model width; the activations' width stays whole
     mlp: tuple[str, ...] | str | None = "tensor"
     heads: tuple[str, ...] | str | None = "tensor"
@@ -40,6 +41,11 @@ class Rules:
             table = {name: axis for name, axis in zip(names, axes, strict=True) if axis}
             raise ValueError(f"one mesh axis would divide two axes of one array: {table}")
         return PartitionSpec(*axes)
+
+    def size(self, name: str, mesh: Mesh) -> int:
+        """Number of parts into which `mesh` divides the logical axis `name`."""
+        axis = getattr(self, name)
+        return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
 def logical_axes() -> tuple[str, ...]:

@@ -1,0 +1,121 @@
+"""`podwright COMMAND …`: finds the command, runs it, and turns every failure into one sentence and an exit code.
+
+Commands import what they need inside, so that a config error is told before jax has been loaded.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from configs.schema import ConfigError
+
+EXIT_CODES = {
+    "ConfigError": 2,
+    "DataError": 3,
+    "StorageError": 4,
+    "NumericsError": 5,
+    "Preempted": 75,
+}
+
+
+def train(argv: list[str]) -> int:
+    """train a config, or resume its run: train NAME [--run DIR] [--section.field VALUE]"""
+    from configs.overrides import resolve
+
+    parser = Parser(prog="podwright train", description=train.__doc__, add_help=True)
+    parser.add_argument("name", help="an experiment (see `podwright configs`)")
+    parser.add_argument("--run", help="folder of the run (default runs/NAME)")
+    parser.add_argument("--allow", default="", help="fields that may differ from the run's saved config, by comma")
+    options, overrides = parser.parse_known_args(argv)
+    config = resolve(options.name, overrides).config
+    run = options.run or os.path.join("runs", config.name)
+    from trainer.loop import Preempted
+    from trainer.loop import train as run_training
+
+    try:
+        run_training(config, run, allow=[field.replace("-", "_") for field in options.allow.split(",") if field])
+    except Preempted as end:
+        again = " ".join(["podwright train", options.name, "--run", run, *overrides])
+        raise Preempted(f"{end}; continue with: {again}") from None
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    """continue a prompt: sample RUN --prompt TEXT"""
+    from launch.sample import main
+
+    return main(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """evaluate a run's newest checkpoint on all held-out data: eval RUN"""
+    from launch.evaluate import main
+
+    return main(argv)
+
+
+def demo(argv: list[str]) -> int:
+    """train, kill, resume, sample and compare with gzip, in a few minutes"""
+    from launch.demo import main
+
+    return main(argv)
+
+
+def configs(argv: list[str]) -> int:
+    """list the experiments"""
+    from launch.config_commands import configs as run
+
+    return run(argv)
+
+
+def config(argv: list[str]) -> int:
+    """print a config and where each value came from: config NAME, or compare two: config diff A B"""
+    from launch.config_commands import config as run
+
+    return run(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": demo,
+    "configs": configs,
+    "config": config,
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are our one-sentence errors."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script and of `python -m launch`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("podwright: pretraining on TPU pods, in JAX\n")
+        for name, run in COMMANDS.items():
+            print(f"  {name:10}{(run.__doc__ or '').strip()}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0)
+            raise ConfigError(f"there is no command {argv[0]!r}, perhaps {near[0]}; commands are {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print("podwright: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: not an error
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except Exception as error:
+        code = next((EXIT_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in EXIT_CODES), None)
+        if code is None:
+            raise  # our bug: the only case with a traceback, exit code 1
+        print(f"podwright: {error}", file=sys.stderr)
+        return code

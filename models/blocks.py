@@ -1,0 +1,173 @@
+"""Mathematics shared by the language models: functions over arrays, and the layers that own their parameters.
+
+Shapes: B batch, T tokens, D model width, F hidden width, N query heads, K key-value heads, H head features, V vocabulary.
+Activations are divided along batch, sequence and hidden axes; a kernel's `embed` axis is gathered before it multiplies.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec, reshard
+
+from models.params import Init, Spec, normal, zeros
+
+MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (... D) over its root mean square, times 1 + scale (D), in float32; result in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+    return (y * jnp.expand_dims(1 + scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, base: float, fraction: float = 1.0, divisor: float = 1.0) -> jax.Array:
+    """Rotary embedding of the first `fraction` of each head's features, in split halves.
+
+    x (B T N H), positions (B T) within the document; angles in float32.
+    """
+    rotated = int(x.shape[-1] * fraction)
+    inverse = base ** (-2 * jnp.arange(rotated // 2, dtype=jnp.float32) / rotated)
+    angles = (positions.astype(jnp.float32) / divisor)[:, :, None, None] * inverse[None, None, None, :]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second, rest = jnp.split(x, (rotated // 2, rotated), axis=-1)
+    first, second, dtype = first.astype(jnp.float32), second.astype(jnp.float32), x.dtype
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(half.astype(dtype) for half in turned), rest], axis=-1)
+
+
+def einsum_float32(equation: str, x: jax.Array, y: jax.Array, out_sharding: PartitionSpec) -> jax.Array:
+    """Products of x and y in their own dtype, summed and returned in float32."""
+    if (
+        jax.default_backend() == "cpu"
+    ):  # XLA:CPU has no bf16 product with a float32 sum; in float32 the products are exact
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(equation, x, y, out_sharding=out_sharding, preferred_element_type=jnp.float32)
+
+
+def attention_mask(segment_pos: jax.Array, left: int | None) -> jax.Array:
+    """(B T T) booleans: a query sees keys of its document, not after it and at most `left` tokens before it."""
+    documents = jnp.cumsum(segment_pos == 0, axis=1)
+    index = jnp.arange(segment_pos.shape[1])
+    distance = index[:, None] - index[None, :]
+    near = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
+    return (documents[:, :, None] == documents[:, None, :]) & near[None]
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, spec: Spec, soft_cap: float = 0.0
+) -> jax.Array:
+    """Softmax attention (B T N H); q (B T N H) already scaled, k and v (B T K H), mask (B T T). Softmax in float32.
+
+    Query heads are contiguous per key-value head: heads 0..N/K-1 read key-value head 0.
+    """
+    heads = spec("batch", "seq", "heads", None)
+    k, v = (reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, out_sharding=spec("batch", "heads", None, None)).astype(jnp.float32)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1).astype(v.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v, out_sharding=heads)
+
+
+class Linear(nnx.Module):
+    """x (B T in) -> (B T out). `axes` are the kernel's logical axes; `out_shape` may hold several dimensions."""
+
+    def __init__(
+        self,
+        init: Init,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        variance: float,
+        bias: bool,
+    ):
+        self.kernel = init.param("kernel", (*in_shape, *out_shape), axes, normal(variance))
+        self.bias = init.param("bias", out_shape, gathered(axes[len(in_shape) :]), zeros) if bias else None
+        self.axes, self.spec, self.num_in = axes, init.spec, len(in_shape)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = gathered(self.axes)
+        kernel = reshard(self.kernel[...], self.spec(*axes))
+        ins, outs = "xyz"[: self.num_in], "uvw"[: len(axes) - self.num_in]
+        y = jnp.einsum(
+            f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, out_sharding=self.spec("batch", "seq", *axes[self.num_in :])
+        )
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
+
+
+def gathered(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """A kernel's logical axes once its `embed` axis, divided for storage only, has been gathered."""
+    return tuple(None if axis == "embed" else axis for axis in axes)
+
+
+class GatedMLP(nnx.Module):
+    """GeGLU: (gelu_tanh(x gate) * (x up)) down; gate and up are one kernel (D 2 F), branch 0 the gated one."""
+
+    def __init__(self, init: Init, width: int, hidden: int, up_variance: float, down_variance: float, bias: bool):
+        self.up = Linear(init.scope("up"), (width,), (2, hidden), ("embed", None, "mlp"), up_variance, bias)
+        self.down = Linear(init.scope("down"), (hidden,), (width,), ("mlp", "embed"), down_variance, bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        u = self.up(x)
+        return self.down(jax.nn.gelu(u[:, :, 0]) * u[:, :, 1])
+
+
+class Embedding(nnx.Module):
+    """Token table (V D), read at the input and, transposed, at the output."""
+
+    def __init__(self, init: Init, vocab_size: int, width: int):
+        self.table = init.param("table", (vocab_size, width), ("vocab", "embed"), normal(1 / width))
+        self.spec = init.spec
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = reshard(self.table[...], self.spec(None, None))
+        return table.at[tokens].get(out_sharding=self.spec("batch", "seq", None))
+
+    def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
+        """(B T V) in float32; `soft_cap` 0 is none."""
+        table = reshard(self.table[...], self.spec("vocab", None))
+        logits = einsum_float32("btd,vd->btv", x, table, self.spec("batch", "seq", "vocab"))
+        return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
+class Stack(nnx.Module):
+    """Layers of several kinds in a repeated pattern: whole groups stacked and scanned, the remainder unrolled.
+
+    `make(kind, init)` builds one layer; layers are called as `layer(x, *context)`. Parameter names are
+    `groups/<kind>_<place in the pattern>/...` with a leading `layers` axis, and `tail/<kind>_<place>/...`.
+    """
+
+    def __init__(self, init: Init, pattern: tuple[str, ...], depth: int, make: Callable[[str, Init], nnx.Module]):
+        self.pattern, self.num_groups = pattern, depth // len(pattern)
+        names = [f"{kind}_{place}" for place, kind in enumerate(pattern)]
+        self.groups = nnx.Dict(
+            {
+                name: make(kind, init.scope("groups").scope(name).stacked(self.num_groups))
+                for name, kind in zip(names, pattern, strict=True)
+                if self.num_groups
+            }
+        )
+        tail = list(zip(names, pattern, strict=True))[: depth % len(pattern)]
+        self.tail = nnx.Dict({name: make(kind, init.scope("tail").scope(name)) for name, kind in tail})
+
+    def __call__(self, x: jax.Array, *context, remat: bool = False) -> jax.Array:
+        def apply(layer, x):
+            return layer(x, *context)
+
+        if remat:
+            apply = jax.checkpoint(apply)
+
+        def group(x, layers):
+            for place, kind in enumerate(self.pattern):
+                x = apply(layers[f"{kind}_{place}"], x)
+            return x, None
+
+        if self.num_groups:
+            x, _ = lax.scan(group, x, self.groups)
+        for place, kind in enumerate(self.pattern[: len(self.tail)]):
+            x = apply(self.tail[f"{kind}_{place}"], x)
+        return x

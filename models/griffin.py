@@ -1,0 +1,189 @@
+"""Griffin, Hawk and RecurrentGemma (arXiv 2402.19427, 2404.07839): gated linear recurrences and local attention.
+
+Shapes: B batch, T tokens, D model width, L recurrence width, G gate blocks, N heads, H head features, F MLP width.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import reshard
+
+from configs.schema import GriffinConfig
+from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, einsum_float32, rms_norm, rope
+from models.params import Init, cast_kernels, normal, zeros
+from models.scan import linear_scan
+
+RECURRENCE_SHARPNESS = 8.0  # the paper's c: a = rho ** (c * r)
+
+
+class Griffin(nnx.Module):
+    """A language model: tokens and positions to logits."""
+
+    def __init__(self, config: GriffinConfig, init: Init):
+        self.config = config
+        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width)
+        self.layers = Stack(
+            init.scope("layers"), config.pattern, config.depth, lambda kind, scope: Block(config, kind, scope)
+        )
+        self.final_norm = init.param("final_norm", (config.width,), (None,), zeros)
+
+    def __call__(
+        self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: bool = False
+    ) -> jax.Array:
+        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding."""
+        model = cast_kernels(self, dtype)
+        segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
+        x = model.embedding(tokens)
+        if self.config.embedding_scale:
+            x = x * embedding_scale(self.config.width).astype(dtype)
+        x = model.layers(x, segment_pos, remat=remat)
+        return model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+
+
+def embedding_scale(width: int) -> np.ndarray:
+    """sqrt(D), rounded to bfloat16 in every precision, as the released models were trained."""
+    return np.asarray(np.sqrt(width), ml_dtypes.bfloat16).astype(np.float32)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: a temporal mixer (recurrence or attention), then a gated MLP."""
+
+    def __init__(self, config: GriffinConfig, kind: str, init: Init):
+        final = 2 / config.depth  # variance scale of the kernels that write to the residual stream
+        mixer = Recurrence if kind == "rec" else LocalAttention
+        self.temporal_norm = init.param("temporal_norm", (config.width,), (None,), zeros)
+        self.mixer = mixer(config, init.scope("mixer"), final)
+        self.mlp_norm = init.param("mlp_norm", (config.width,), (None,), zeros)
+        # The reference's fan-in of `up` counts its leading branch axis: variance 1 / (2 D), not 1 / D.
+        self.mlp = GatedMLP(
+            init.scope("mlp"),
+            config.width,
+            config.mlp_width,
+            up_variance=1 / (2 * config.width),
+            down_variance=final / config.mlp_width,
+            bias=True,
+        )
+
+    def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
+        x = x + self.mixer(rms_norm(x, self.temporal_norm[...]), segment_pos)
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...]))
+
+
+class Recurrence(nnx.Module):
+    """gelu(x Wy) * RGLRU(conv(x Wx)), projected back to D (figure 2 of the paper)."""
+
+    def __init__(self, config: GriffinConfig, init: Init, final: float):
+        width, rnn = config.width, config.rnn_width
+        self.linear_x = Linear(init.scope("linear_x"), (width,), (rnn,), ("embed", "rnn"), 1 / width, bias=True)
+        self.linear_y = Linear(init.scope("linear_y"), (width,), (rnn,), ("embed", "rnn"), 1 / width, bias=True)
+        self.linear_out = Linear(init.scope("linear_out"), (rnn,), (width,), ("rnn", "embed"), final / rnn, bias=True)
+        self.conv_taps = init.param(
+            "conv_taps", (config.conv_width, rnn), (None, "rnn"), normal(0.01 / config.conv_width)
+        )
+        self.conv_bias = init.param("conv_bias", (rnn,), ("rnn",), zeros)
+        self.input_gate = BlockDiagonal(init.scope("input_gate"), rnn, config.num_gate_blocks)
+        self.a_gate = BlockDiagonal(init.scope("a_gate"), rnn, config.num_gate_blocks)
+        self.a_param = init.param("a_param", (rnn,), ("rnn",), ring)
+
+    def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
+        y = jax.nn.gelu(self.linear_y(x))
+        u = causal_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos)
+        h = rg_lru(u, self.input_gate(u), self.a_gate(u), self.a_param[...], segment_pos)
+        return self.linear_out(h.astype(y.dtype) * y)
+
+
+class BlockDiagonal(nnx.Module):
+    """(B T L) -> (B T L) in float32 by G dense blocks on the diagonal, so that gates never cross a device."""
+
+    def __init__(self, init: Init, width: int, num_blocks: int):
+        block = width // num_blocks
+        # The reference's fan-in counts the blocks too: variance 1 / L.
+        self.kernel = init.param("kernel", (num_blocks, block, block), ("gate_blocks", None, None), normal(1 / width))
+        self.bias = init.param("bias", (num_blocks, block), ("gate_blocks", None), zeros)
+        self.spec = init.spec
+
+    def __call__(self, u: jax.Array) -> jax.Array:
+        blocks = u.reshape(*u.shape[:2], *self.bias.shape)
+        y = einsum_float32("btgi,gij->btgj", blocks, self.kernel[...], self.spec("batch", "seq", "gate_blocks", None))
+        return (y + self.bias[...][None, None]).reshape(u.shape)
+
+
+def ring(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """a_param such that rho = sigmoid(-a_param) has rho**2 uniform in [0.9**2, 0.999**2], as the released code does."""
+    square = jax.random.uniform(key, shape, minval=0.9**2, maxval=0.999**2) + 1e-8
+    log_rho = 0.5 * jnp.log(square)
+    return jnp.log(jnp.expm1(-log_rho))
+
+
+def causal_conv(u: jax.Array, taps: jax.Array, bias: jax.Array, segment_pos: jax.Array) -> jax.Array:
+    """Depthwise convolution over time (B T L); the last tap multiplies the current token, none crosses a document start."""
+    num_taps, length = taps.shape[0], u.shape[1]
+    taps, out = taps.astype(u.dtype), bias.astype(u.dtype)[None, None] + jnp.zeros_like(u)
+    for back in range(num_taps):
+        shifted = jnp.pad(u, ((0, 0), (back, 0), (0, 0)))[:, :length]
+        same_document = (segment_pos >= back)[:, :, None] if back else True
+        out = out + jnp.where(same_document, shifted, jnp.zeros_like(u)) * taps[num_taps - 1 - back][None, None]
+    return out
+
+
+def rg_lru(
+    u: jax.Array, input_gate: jax.Array, a_gate: jax.Array, a_param: jax.Array, segment_pos: jax.Array
+) -> jax.Array:
+    """Real-gated linear recurrent unit (equations 1 to 4): h (B T L) in float32; gates are pre-activations (B T L)."""
+    log_a = -RECURRENCE_SHARPNESS * jax.nn.sigmoid(a_gate) * jax.nn.softplus(a_param)[None, None]
+    start = (segment_pos == 0)[:, :, None]
+    a = jnp.where(start, 0.0, jnp.exp(log_a))
+    multiplier = jnp.where(start, 1.0, sqrt_bounded_derivative(-jnp.expm1(2 * log_a)))
+    return linear_scan(a, multiplier * jax.nn.sigmoid(input_gate) * u.astype(jnp.float32))
+
+
+@jax.custom_jvp
+def sqrt_bounded_derivative(x: jax.Array) -> jax.Array:
+    """sqrt(x) whose derivative is cut at 1000: it is infinite at a = 1 (RecurrentGemma report, section 2)."""
+    return jnp.sqrt(x)
+
+
+@sqrt_bounded_derivative.defjvp
+def _sqrt_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return jnp.sqrt(x), dx * 0.5 * jax.lax.rsqrt(jnp.maximum(x, 1 / (4 * 1000.0**2)))
+
+
+class LocalAttention(nnx.Module):
+    """Multi-query attention over a window, half of each head rotated. A query sees itself and `window` earlier tokens."""
+
+    def __init__(self, config: GriffinConfig, init: Init, final: float):
+        width, heads = config.width, config.num_heads
+        head = width // heads
+        self.q = Linear(init.scope("q"), (width,), (heads, head), ("embed", "heads", None), 1 / width, bias=False)
+        self.k = Linear(init.scope("k"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
+        self.v = Linear(init.scope("v"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
+        self.out = Linear(
+            init.scope("out"), (heads, head), (width,), ("heads", None, "embed"), final / width, bias=True
+        )
+        self.window, self.spec = config.window, init.spec
+
+    def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
+        q = rope(self.q(x), segment_pos, base=1e4, fraction=0.5)
+        k = rope(self.k(x), segment_pos, base=1e4, fraction=0.5)
+        q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
+        return self.out(attention(q, k, self.v(x), attention_mask(segment_pos, self.window), self.spec))
+
+
+def decays(name: str) -> bool:
+    """Weight decay by name: matrices do, all of the RG-LRU (RecurrentGemma report), norms, biases and the table don't."""
+    return name.endswith("kernel") and "gate/" not in name
+
+
+def train_flops(config: GriffinConfig, length: int) -> float:
+    """Matrix FLOPs a token of one training step (backward = 2 x forward); attention counts the keys a query really sees."""
+    d, r, f = config.width, config.rnn_width, config.mlp_width
+    head, window = d // config.num_heads, min(config.window, length)
+    keys = ((window + 1) * (length - window) + window * (window + 1) / 2) / length
+    recurrence = 3 * d * r + 2 * r * r / config.num_gate_blocks
+    attention_ = 2 * d * d + 2 * d * head + 2 * d * keys
+    layers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
+    mixers = sum(recurrence if kind == "rec" else attention_ for kind in layers)
+    return 3 * 2 * (mixers + config.depth * 3 * d * f + d * config.vocab_size)

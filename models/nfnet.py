@@ -1,0 +1,291 @@
+"""NFNet: ResNets without normalisation layers. Brock et al. 2021, arXiv 2102.06171; sections below are that paper's.
+
+This is the variant DeepMind released: SAME padding, a learned skip gain on every block, unscaled ReLU in
+squeeze-excite. Shapes: B images, H height, W width, C channels (I in, O out), K kernel side.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from configs.schema import NFNetConfig
+from models.params import Init, Initialiser, normal, ones, truncated_normal, zeros
+
+# 1 / std(gelu(z)) for z ~ N(0, 1), so that an activation keeps unit variance (sec. 2); the released code's constant.
+GELU_GAIN = 1.7015043497085571
+STEM_STRIDES = (2, 1, 1, 2)
+
+
+# --- what the network consists of -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One residual block's place in the network; pure arithmetic on the config."""
+
+    stage: int
+    block: int
+    channels_in: int
+    channels_out: int
+    mid: int
+    groups: int
+    stride: int
+    expected_variance: float  # of this block's input at initialisation
+    drop_rate: float
+
+    @property
+    def projects(self) -> bool:
+        return self.block == 0  # a stage's first block projects its shortcut, even where widths happen to agree
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return f"stage_{self.stage}", f"block_{self.block}"
+
+
+def plan_blocks(config: NFNetConfig) -> Iterator[BlockPlan]:
+    """Blocks in order. Variance grows by alpha² a block and falls back to 1 behind a projected shortcut (sec. 2)."""
+    channels, variance, index = config.stem_widths[-1], 1.0, 0
+    for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+        groups = int(config.bottleneck * width) // config.group_width
+        for block in range(depth):
+            yield BlockPlan(
+                stage=stage,
+                block=block,
+                channels_in=channels,
+                channels_out=width,
+                mid=groups * config.group_width,  # "+" variants: 192 is cut to one group of 128
+                groups=groups,
+                stride=2 if block == 0 and stage > 0 else 1,
+                expected_variance=variance,
+                drop_rate=config.stochastic_depth * index / sum(config.depths),  # the last block stays below the rate
+            )
+            # The transition block itself still sees the previous stage's variance: reset after it, not before.
+            variance = (1.0 if block == 0 else variance) + config.alpha**2
+            channels, index = width, index + 1
+
+
+def se_width(config: NFNetConfig, channels: int) -> int:
+    return max(1, int(config.se_ratio * channels))
+
+
+def train_flops(config: NFNetConfig, image_size: int) -> float:
+    """Floating-point operations of one image's training step: 2 a multiply-add, the backward pass twice the forward.
+
+    Counts convolutions and dense layers, as the paper's "#FLOPs" (which are multiply-adds) do.
+    """
+    macs, size, channels = 0, image_size, config.channels
+    for width, stride in zip(config.stem_widths, STEM_STRIDES, strict=True):
+        size = math.ceil(size / stride)
+        macs += size**2 * 9 * channels * width
+        channels = width
+    for b in plan_blocks(config):
+        macs += size**2 * b.channels_in * b.mid
+        size = math.ceil(size / b.stride)
+        macs += size**2 * b.mid * (2 * 9 * b.mid // b.groups + b.channels_out)
+        macs += size**2 * b.channels_in * b.channels_out if b.projects else 0
+        macs += 2 * b.channels_out * se_width(config, b.channels_out)
+        channels = b.channels_out
+    macs += size**2 * channels * config.head_width + config.head_width * config.num_classes
+    return 3.0 * 2.0 * macs
+
+
+# --- functions over arrays --------------------------------------------------------------------------------------------
+
+
+def standardise_weight(kernel: jax.Array, gain: jax.Array, eps_mode: str) -> jax.Array:
+    """Scaled weight standardisation (eq. 1) of a KKIO kernel: every output channel gets mean 0, variance gain² / fan-in.
+
+    The two rules for eps are not interchangeable: with a fan-in of 1536, timm's shrinks the kernel by 0.8 %.
+    """
+    kernel = kernel.astype(jnp.float32)
+    fan_in = math.prod(kernel.shape[:-1])
+    mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.var(kernel, axis=(0, 1, 2), keepdims=True)
+    if eps_mode == "max_nvar":  # DeepMind: eps is a floor
+        scale = lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4))
+    else:  # "add_var", timm: eps is added
+        scale = lax.rsqrt(variance + 1e-5) * fan_in**-0.5
+    return (kernel - mean) * (scale * gain[None, None, None, :])
+
+
+def scaled_gelu(x: jax.Array, approximate: bool) -> jax.Array:
+    return GELU_GAIN * jax.nn.gelu(x, approximate=approximate)
+
+
+def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    """BHWI, KKIO -> BHWO. SAME as in TensorFlow: a stride of 2 on an even side pads (0, 1), not (1, 1)."""
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """Means of 2x2 windows, BHWC -> B ceil(H/2) ceil(W/2) C; an odd side's padding does not count in the mean.
+
+    Not `reduce_window`: XLA:CPU of jax 0.10.2 quadruples maps of one pixel (compare openxla/xla#48714).
+    """
+    mean = x.astype(jnp.float32)
+    for axis in (1, 2):
+        if mean.shape[axis] % 2:  # the mean of the last row and its copy is that row
+            mean = jnp.concatenate([mean, lax.slice_in_dim(mean, -1, None, axis=axis)], axis=axis)
+        pairs = (*mean.shape[:axis], mean.shape[axis] // 2, 2, *mean.shape[axis + 1 :])
+        mean = jnp.mean(mean.reshape(pairs), axis=axis + 1)
+    return mean.astype(x.dtype)
+
+
+def squeeze_excite(x: jax.Array, w_in: jax.Array, b_in: jax.Array, w_out: jax.Array, b_out: jax.Array) -> jax.Array:
+    """Channel-wise gates in (0, 2) from the image's mean, BHWC -> BHWC. Plain ReLU: the paper's GELU is not what ran."""
+    pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
+    hidden = jax.nn.relu(pooled @ w_in + b_in[None, :])
+    gates = 2 * jax.nn.sigmoid(hidden @ w_out + b_out[None, :])
+    return x * gates[:, None, None, :]
+
+
+def keep_mask(key: jax.Array, drop_rate: float, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bernoulli(key, 1 - drop_rate, shape)
+
+
+def drop_branches(x: jax.Array, key: jax.Array, drop_rate: float) -> jax.Array:
+    """Stochastic depth: zeroes whole images of a residual branch. The released code does not divide by the keep rate."""
+    keep = keep_mask(key, drop_rate, (x.shape[0], 1, 1, 1))
+    return x * keep.astype(x.dtype)
+
+
+def dropout(x: jax.Array, key: jax.Array, drop_rate: float) -> jax.Array:
+    return x * keep_mask(key, drop_rate, x.shape).astype(x.dtype) / (1 - drop_rate)
+
+
+def gather(w: jax.Array) -> jax.Array:
+    """The array whole on every device: here a layer of a fully sharded model collects its parameters."""
+    return jax.sharding.reshard(w, PartitionSpec())
+
+
+# --- modules own parameters -------------------------------------------------------------------------------------------
+
+DIVIDED = (None, None, "channels_in", "channels_out")
+WHOLE = (None, None, None, None)  # the stem: 0.1 M parameters, and 16 channels do not divide over many devices
+
+
+class Conv(nnx.Module):
+    """Weight-standardised convolution with gain and bias, BHWI -> BHWO."""
+
+    def __init__(
+        self,
+        init: Init,
+        side: int,
+        channels_in: int,
+        channels_out: int,
+        eps_mode: str,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        axes: tuple[str | None, ...] = DIVIDED,
+    ):
+        fan_in = side * side * channels_in // groups
+        self.kernel = init.param("kernel", (side, side, channels_in // groups, channels_out), axes, normal(1 / fan_in))
+        self.gain = init.param("gain", (channels_out,), (None,), ones)
+        self.bias = init.param("bias", (channels_out,), (None,), zeros)
+        self.eps_mode, self.stride, self.groups = eps_mode, stride, groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Statistics belong to one output channel: each device standardises the channels it stores, in float32, and
+        # what travels is already in the compute dtype.
+        kernel = standardise_weight(self.kernel[...], self.gain[...], self.eps_mode).astype(x.dtype)
+        return conv(x, gather(kernel), self.stride, self.groups) + self.bias[...].astype(x.dtype)[None, None, None, :]
+
+
+class Dense(nnx.Module):
+    """Kernel IO and bias of a plain dense layer; used through `weights`."""
+
+    def __init__(
+        self, init: Init, features_in: int, features_out: int, axes: tuple[str | None, ...], initialiser: Initialiser
+    ):
+        self.kernel = init.param("kernel", (features_in, features_out), axes, initialiser)
+        self.bias = init.param("bias", (features_out,), (None,), zeros)
+
+    def weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        return gather(self.kernel[...].astype(dtype)), self.bias[...].astype(dtype)
+
+
+class Block(nnx.Module):
+    """Pre-activation bottleneck block (sec. 3, appendix C): h + alpha * skip_gain * branch(h), skip_gain 0 at first."""
+
+    def __init__(self, config: NFNetConfig, plan: BlockPlan, init: Init):
+        self.config, self.plan = config, plan
+        out, mid, groups, eps_mode = plan.channels_out, plan.mid, plan.groups, config.ws_eps_mode
+        hidden, dense_axes = se_width(config, out), ("channels_in", "channels_out")
+        self.reduce = Conv(init.scope("reduce"), 1, plan.channels_in, mid, eps_mode)
+        self.spatial_0 = Conv(init.scope("spatial_0"), 3, mid, mid, eps_mode, stride=plan.stride, groups=groups)
+        self.spatial_1 = Conv(init.scope("spatial_1"), 3, mid, mid, eps_mode, groups=groups)
+        self.expand = Conv(init.scope("expand"), 1, mid, out, eps_mode)
+        self.squeeze = Dense(init.scope("squeeze"), out, hidden, dense_axes, truncated_normal(1 / out))
+        self.excite = Dense(init.scope("excite"), hidden, out, dense_axes, truncated_normal(1 / hidden))
+        self.skip_gain = init.param("skip_gain", (), (), zeros)
+        self.shortcut = Conv(init.scope("shortcut"), 1, plan.channels_in, out, eps_mode) if plan.projects else None
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """BHWI -> BHWO. `key` of None: nothing is dropped."""
+        activate = partial(scaled_gelu, approximate=self.config.gelu_approximate)
+        h = activate(x) * self.plan.expected_variance**-0.5
+        if self.shortcut is None:
+            shortcut = x
+        else:  # a projected shortcut starts from the activated, rescaled input, an identity one from the raw input
+            shortcut = self.shortcut(halve(h) if self.plan.stride == 2 else h)
+        h = self.reduce(h)
+        h = self.spatial_0(activate(h))
+        h = self.spatial_1(activate(h))
+        h = self.expand(activate(h))
+        h = squeeze_excite(h, *self.squeeze.weights(h.dtype), *self.excite.weights(h.dtype))
+        if key is not None and self.plan.drop_rate:
+            h = drop_branches(h, key, self.plan.drop_rate)
+        return shortcut + self.config.alpha * self.skip_gain[...].astype(h.dtype) * h
+
+
+class NFNet(nnx.Module):
+    """Image classifier, NFNet-F0 to F7+ by config."""
+
+    def __init__(self, config: NFNetConfig, init: Init):
+        self.config = config
+        eps_mode = config.ws_eps_mode
+        stem, channels = {}, config.channels
+        for i, (width, stride) in enumerate(zip(config.stem_widths, STEM_STRIDES, strict=True)):
+            scope = init.scope("stem").scope(f"conv_{i}")
+            stem[f"conv_{i}"] = Conv(scope, 3, channels, width, eps_mode, stride=stride, axes=WHOLE)
+            channels = width
+        self.stem = nnx.Dict(stem)
+        stages: dict[str, dict[str, Block]] = {}
+        for plan in plan_blocks(config):
+            stage, block = plan.name
+            stages.setdefault(stage, {})[block] = Block(config, plan, init.scope("stages").scope(stage).scope(block))
+        self.stages = nnx.Dict({stage: nnx.Dict(blocks) for stage, blocks in stages.items()})
+        self.final_conv = Conv(init.scope("final_conv"), 1, config.widths[-1], config.head_width, eps_mode)
+        # Divided by its inputs, final_conv's output channels: the number of classes need not divide over devices.
+        head_axes = ("channels_out", None)
+        self.head = Dense(init.scope("head"), config.head_width, config.num_classes, head_axes, normal(0.01**2))
+
+    def __call__(
+        self, images: jax.Array, *, dtype: jnp.dtype = jnp.float32, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped."""
+        config = self.config
+        x = images.astype(dtype)
+        for i in range(len(STEM_STRIDES)):  # no activation after the last one: blocks start with theirs
+            x = self.stem[f"conv_{i}"](x if i == 0 else scaled_gelu(x, config.gelu_approximate))
+        plans = list(plan_blocks(config))
+        keys = [None] * (len(plans) + 1) if dropout_key is None else list(jax.random.split(dropout_key, len(plans) + 1))
+        for plan, key in zip(plans, keys, strict=False):
+            stage, block = plan.name
+            x = self.stages[stage][block](x, key)
+        x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
+        features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        if keys[-1] is not None and config.dropout:
+            features = dropout(features, keys[-1], config.dropout)
+        kernel, bias = self.head.weights(jnp.float32)
+        return features @ kernel + bias[None, :]

@@ -1,0 +1,198 @@
+"""One run, top to bottom: config, mesh, data, abstract state, init or restore, compile, loop, and why it ended."""
+
+import contextlib
+import functools
+import pathlib
+import signal
+import time
+from collections.abc import Iterable, Iterator
+
+import jax
+from data.dataset import Dataset
+from jax.sharding import Mesh
+
+from configs.schema import Config, ConfigError
+from data import open_data
+from sharding.mesh import describe, make_mesh, simulate_devices
+from sharding.rules import Rules
+from sharding.topologies import peak_flops
+from trainer.checkpoint import Checkpoints, concrete
+from trainer.evaluate import evaluate, place_batch
+from trainer.metrics import Reporter
+from trainer.optimizers import make_optimizer, make_schedule
+from trainer.run_folder import RunFolder
+from trainer.step import State, init_state, train_step
+from trainer.tasks import Task, check_fits, make_task
+
+
+class Preempted(Exception):
+    """The run was told to stop, saved its state and can be resumed."""
+
+
+def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) -> dict[str, float]:
+    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation.
+
+    Raises ConfigError, DataError, StorageError, NumericsError, each with one sentence for the user, or Preempted
+    after a signal, once the state is saved.
+    """
+    allow = frozenset(allow)
+    simulate_devices(config.mesh)
+    use_compilation_cache(config.trainer.compilation_cache)
+    folder = RunFolder(run, config, allow)
+    mesh = make_mesh(config.mesh)
+    spec = Rules().spec
+    check_batch(config, mesh)
+
+    data = open_data(config.data, process_index=jax.process_index(), process_count=jax.process_count())
+    check_fits(config, data.manifest)
+    folder.check_data(data.manifest, allowed="data" in allow)
+
+    task = make_task(config)
+    schedule = make_schedule(config.optimizer, config.trainer.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
+
+    reporter = Reporter(
+        folder.path, task.unit, task.units_per_step, task.flops_per_step, config.trainer.steps, config.trainer.log_every
+    )
+    with (
+        jax.set_mesh(mesh),
+        stop_signals() as stop,
+        reporter,
+        contextlib.closing(checkpoints),
+        contextlib.closing(folder),
+    ):
+        # Shapes and shardings of the whole state; nothing is allocated yet.
+        init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec)
+        abstract = concrete(jax.eval_shape(init), mesh)
+        latest = checkpoints.latest()
+        reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
+
+        if latest is None:
+            state, start = jax.jit(init)(), 0
+        else:
+            state, meta = checkpoints.restore(latest, abstract)
+            start = meta["step"]
+            reporter.say(f"resumed from step {start}")
+        if start >= config.trainer.steps:
+            reporter.say(f"nothing to do: {folder.path} already holds step {start} of {config.trainer.steps}")
+            return {}
+
+        place = functools.partial(place_batch, mesh=mesh, spec=spec)
+        began = time.perf_counter()
+        step_fn = functools.partial(
+            train_step, task=task, optimizer=optimizer, schedule=schedule, seed=config.trainer.seed
+        )
+        step_program = jax.jit(step_fn, donate_argnums=0).lower(abstract, place(data.train_batch(start))).compile()
+        eval_program = jax.jit(task.evaluate)
+        reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
+
+        def evaluate_now(state: State, step: int) -> dict[str, float]:
+            metrics = evaluate(eval_program, state.model, data, config.eval.batches, task, place)
+            reporter.record("eval", step, metrics)
+            told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            reporter.say(f"step {step}: held-out {told}")
+            return metrics
+
+        def save(state: State, step: int) -> None:
+            blocked = checkpoints.save(step, state, {"step": step, "data_hash": data.manifest["hash"]})
+            reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
+            reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
+
+        batches = data.train_batches(start)
+        evaluation: dict[str, float] = {}
+        pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
+        reporter.start_clock()
+        with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error, not a slow step
+            for step in range(start + 1, config.trainer.steps + 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - asked
+                state, metrics = step_program(state, place(batch))
+                if pending:
+                    reporter.train(*read(pending))
+                pending = (step, metrics, waited)
+
+                last = step == config.trainer.steps
+                stopping = bool(stop)
+                evaluating = last or (config.eval.every and step % config.eval.every == 0)
+                saving = last or stopping or step % config.checkpoint.every == 0
+                if evaluating or saving:
+                    reporter.train(*read(pending))  # so that a saved step is always a logged and a finite one
+                    pending = None
+                    if evaluating:
+                        evaluation = evaluate_now(state, step)
+                    if saving:
+                        save(state, step)
+                    reporter.start_clock()
+                checkpoints.check()
+                if stopping:
+                    break
+        checkpoints.finish()
+        if stop:
+            raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
+        reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
+        return evaluation
+
+
+def plan(
+    config: Config, folder: RunFolder, mesh: Mesh, data: Dataset, task: Task, abstract: State, latest: int | None
+) -> list[str]:
+    """What is about to happen, in at most 25 lines."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    optimizer, trainer, every = config.optimizer, config.trainer, config.checkpoint
+    kept = f"newest {every.keep_last} kept" + (f", and every {every.keep_every}th" if every.keep_every else "")
+    return [
+        f"run         {folder.path} ({config.name})",
+        f"model       {config.model.kind}, {parameters:,} parameters, {trainer.compute_dtype} compute, "
+        f"{state_bytes / 2**20:,.1f} MiB of state",
+        f"mesh        {describe(mesh)}",
+        *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(data.describe())),
+        f"step        {task.units_per_step:,} {task.unit}, {task.flops_per_step:.3g} FLOPs; "
+        + (f"MFU against {peak:.3g} FLOP/s a device" if peak else "no MFU: no peak is known for this device"),
+        f"optimizer   {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up",
+        f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
+        f"state       {'new, from seed ' + str(trainer.seed) if latest is None else f'resume from step {latest}'}",
+        *(f"changed     {change}" for change in folder.changes[:5]),
+    ]
+
+
+def read(pending: tuple) -> tuple[int, dict[str, float], float]:
+    step, metrics, waited = pending
+    return step, {name: float(value) for name, value in jax.device_get(metrics).items()}, waited
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    shards = Rules().size("batch", mesh)
+    if config.data.batch_size % shards:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of {shards}, the devices that divide a batch "
+            f"(replica * data * fsdp): {config.data.batch_size // shards * shards or shards} is"
+        )
+
+
+def use_compilation_cache(folder: str) -> None:
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collects SIGINT and SIGTERM, so that the loop can save first; a second one of them interrupts at once."""
+    received: list[str] = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append({signal.SIGINT: "ctrl-C", signal.SIGTERM: "SIGTERM"}[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

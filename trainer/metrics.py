@@ -1,0 +1,122 @@
+"""What a run prints and records: aligned lines and a progress bar, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import pathlib
+import resource
+import sys
+import time
+from types import TracebackType
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sharding.topologies import peak_flops
+
+
+class NumericsError(ArithmeticError):
+    """The loss or the gradient stopped being a number."""
+
+
+class Reporter:
+    """Writes to the terminal, log.txt, metrics.jsonl and TensorBoard. Appends; nothing logged is ever rewritten."""
+
+    def __init__(
+        self, folder: pathlib.Path, unit: str, units_per_step: int, flops_per_step: float, steps: int, log_every: int
+    ):
+        self.unit, self.units_per_step, self.flops_per_step = unit, units_per_step, flops_per_step
+        self.steps, self.log_every = steps, log_every
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+        self.metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        if self.metrics_file.tell() and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            self.metrics_file.write("\n")  # a kill left half a line: keep it, start a new one
+        from tensorboardX import SummaryWriter  # here, so that reading a run's metrics doesn't need it
+
+        self.curves = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        self.peak = peak_flops(jax.devices()[0].device_kind)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.bar = self.progress.add_task("training", total=steps)
+        self._window_start: float | None = None
+        self._window_steps, self._window_wait = 0, 0.0
+
+    def __enter__(self) -> "Reporter":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        self.curves.close()
+        self.metrics_file.close()
+        self.log_file.close()
+
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self.console.print(line, markup=False)
+            self.log_file.write(line + "\n")
+        if not self.console.is_terminal:
+            sys.stdout.flush()
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        self.metrics_file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.curves.add_scalar(f"{kind}/{name}", value, step)
+
+    def start_clock(self) -> None:
+        """Start (or, after an evaluation or save, restart) timing, so that throughput counts training alone."""
+        self._window_start, self._window_steps, self._window_wait = time.perf_counter(), 0, 0.0
+
+    def train(self, step: int, values: dict[str, float], data_wait: float) -> None:
+        """Record update `step`; `data_wait` is seconds spent waiting for its batch. Raises NumericsError if not finite."""
+        assert self._window_start is not None
+        now = time.perf_counter()
+        self._window_steps += 1
+        self._window_wait += data_wait
+        seconds = max(now - self._window_start, 1e-9)
+        step_seconds = seconds / self._window_steps
+        speed = {
+            f"{self.unit}_per_second": self.units_per_step / step_seconds,
+            "step_ms": 1e3 * step_seconds,
+            "data_wait_percent": 100 * self._window_wait / seconds,
+            "memory_gib": memory_gib(),
+        }
+        if self.peak:
+            speed["mfu_percent"] = 100 * self.flops_per_step / step_seconds / (self.peak * jax.device_count())
+        self.record("train", step, values | speed)
+        self.progress.update(self.bar, completed=step)
+        if not all(math.isfinite(v) for v in values.values()):
+            bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+            raise NumericsError(f"{bad} at step {step}")
+        if step % self.log_every == 0 or step == self.steps:
+            self.say(self._line(step, values, speed, step_seconds))
+            self.start_clock()
+
+    def _line(self, step: int, values: dict[str, float], speed: dict[str, float], step_seconds: float) -> str:
+        eta = int((self.steps - step) * step_seconds)
+        mfu = f"{speed['mfu_percent']:.1f}%" if self.peak else "n/a"
+        return (
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {values['loss']:7.4f}  grad {values['grad_norm']:8.3g}  "
+            f"{speed[f'{self.unit}_per_second']:>9,.0f} {self.unit}/s  {speed['step_ms']:7.1f} ms  "
+            f"wait {speed['data_wait_percent']:4.1f}%  mem {speed['memory_gib']:5.2f}G  mfu {mfu:>5}  "
+            f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
+        )
+
+
+def memory_gib() -> float:
+    """Peak GiB in use: of the first device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

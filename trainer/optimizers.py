@@ -1,0 +1,46 @@
+"""Update rules: one line each over optax. Which parameters decay or are clipped is decided by their names."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from configs.schema import OptimizerConfig
+from models.params import path_name
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of each step: linear warm-up from 0, then cosine to `final_fraction` of the peak, or constant."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "constant":
+        after: optax.Schedule = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=config.final_fraction)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, decays: Callable[[str], bool], clips: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """Clipping, then weight decay and the update rule. `decays` and `clips` take a parameter's name."""
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.adaptive_clip:
+        clip.append(optax.masked(optax.adaptive_grad_clip(config.adaptive_clip, eps=1e-3), by_name(clips)))
+    rules: dict[str, Callable[[], list[optax.GradientTransformation]]] = {
+        "adamw": lambda: [
+            optax.adamw(
+                schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=by_name(decays)
+            )
+        ],
+        # NFNet's order: clip, add coupled weight decay, Nesterov momentum (arXiv 2102.06171).
+        "sgd": lambda: [
+            optax.add_decayed_weights(config.weight_decay, by_name(decays)),
+            optax.sgd(schedule, momentum=config.beta1, nesterov=True),
+        ],
+    }
+    return optax.chain(*clip, *rules[config.name]())
+
+
+def by_name(predicate: Callable[[str], bool]) -> Callable:
+    """A mask for optax: the tree of `predicate(name)` over a model's parameters."""
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: predicate(path_name(path)), tree)

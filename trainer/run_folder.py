@@ -1,0 +1,138 @@
+"""A run's folder: who may write to it, which config and data it was started with, and what it logged.
+
+config.json          the resolved config          metrics.jsonl   one record a step, evaluation or save
+data_manifest.json   what the data was            log.txt         what was printed
+checkpoints/STEP/    committed states             tensorboard/    curves
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+from data.dataset import DataError
+
+from configs.compare import Difference, differences
+from configs.schema import Config, ConfigError
+from configs.store import from_json, to_json
+from trainer.checkpoint import StorageError, reason
+
+REFUSED = ("data", "checkpoint", "result")  # a change with one of these effects breaks the promise of an exact resume
+
+
+class RunFolder:
+    """Claims `path` for this process. Raises StorageError if it can't be used, ConfigError if it belongs to another config."""
+
+    def __init__(self, path: str | pathlib.Path, config: Config, allow: Iterable[str] = ()):
+        if "://" in str(path):
+            raise ConfigError(
+                f"--run {path} is not a folder of this machine: runs on cloud storage are not supported yet"
+            )
+        self.path = pathlib.Path(path).expanduser()
+        self.config_file = self.path / "config.json"
+        self.changes: list[Difference] = []
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"--run {self.path} is a file: give a folder")
+            if self.path.is_dir() and not self.config_file.exists():
+                self._refuse_foreign()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._match(config, frozenset(allow))
+        except OSError as error:
+            raise StorageError(f"run folder {self.path} cannot be written: {reason(error)}") from error
+
+    def _refuse_foreign(self) -> None:
+        ours = {"lock"}  # all that a run killed before its first write leaves behind
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+        if found:
+            names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise StorageError(
+                f"{self.path} is not a podwright run (no config.json) and holds {names}: give an empty or a new folder"
+            )
+
+    def _lock(self) -> None:
+        """One writer a folder; the operating system drops the lock when the process dies, however it dies."""
+        self._lock_file = open(self.path / "lock", "a+")  # noqa: SIM115 (held open for the life of the run)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.seek(0)
+            owner = self._lock_file.read().strip() or "another process"
+            raise StorageError(f"{owner} is training in {self.path}: stop it first, or give another --run") from None
+        self._lock_file.truncate(0)
+        self._lock_file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._lock_file.flush()
+
+    def _match(self, config: Config, allow: frozenset[str]) -> None:
+        """Keep the config of a new run; hold a resumed one to its own."""
+        if self.config_file.exists():
+            try:
+                saved = from_json(self.config_file.read_text())
+            except ConfigError as error:
+                raise StorageError(f"{self.config_file} cannot be read back: {error}") from error
+            self.changes = differences(saved, config)
+            unfit = [d for d in self.changes if "checkpoint" in d.effects]
+            refused = [d for d in self.changes if set(d.effects) & set(REFUSED) and d.path not in allow]
+            if unfit:
+                listed = "; ".join(str(d) for d in unfit)
+                raise ConfigError(
+                    f"{self.path} was started with another config and its checkpoints cannot fit: {listed}: give a new --run"
+                )
+            if refused:
+                listed = "; ".join(str(d) for d in refused)
+                names = ",".join(d.path for d in refused)
+                raise ConfigError(
+                    f"{self.path} was started with another config: {listed}: give a new --run, or resume with --allow {names}"
+                )
+        self.write("config.json", to_json(config))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a small file in one step, so that a kill leaves the old or the new one, never half of it."""
+        temporary = self.path / f".{name}.partial"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
+
+    def check_data(self, manifest: dict, allowed: bool) -> None:
+        """Keep the data manifest of a new run; refuse a resume on other data, naming what changed."""
+        file = self.path / "data_manifest.json"
+        if file.exists():
+            saved = json.loads(file.read_text())
+            if saved["hash"] != manifest["hash"] and not allowed:
+                raise DataError(
+                    f"the data of {self.path} changed since it was started ({changed_entries(saved, manifest)}): "
+                    f"bring the old data back, give a new --run, or resume with --allow data"
+                )
+        self.write("data_manifest.json", json.dumps(manifest, indent=1))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._lock_file.truncate(0)
+            self._lock_file.close()
+
+
+def changed_entries(saved: dict, now: dict) -> str:
+    """In words, which files (or fields) of two data manifests differ."""
+    before = {f["path"]: f["sha256"] for f in saved.get("files", [])}
+    after = {f["path"]: f["sha256"] for f in now.get("files", [])}
+    names = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    if not names:
+        names = sorted(
+            k for k in saved.keys() | now.keys() if k not in ("hash", "files") and saved.get(k) != now.get(k)
+        )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def read_metrics(run: str | pathlib.Path, kind: str) -> dict[int, dict]:
+    """Records of one kind ("train", "eval", "save") by step. A step repeated after a resume counts as last written."""
+    records = {}
+    with open(pathlib.Path(run) / "metrics.jsonl") as lines:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a last line
+                record = json.loads(line)
+                if record.get("kind") == kind:
+                    records[record["step"]] = record
+    return records

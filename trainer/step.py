@@ -1,0 +1,43 @@
+"""The state of a run, and the program that takes it from one step to the next."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.params import Spec
+from trainer.tasks import Batch, Task
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that changes while training. Random keys derive from the seed and `step`, so none is kept."""
+
+    step: jax.Array  # optimizer updates done
+    model: Any
+    opt_state: Any
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, spec: Spec) -> State:
+    model = task.init(jax.random.key(seed), spec)
+    return State(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model))
+
+
+def train_step(
+    state: State,
+    batch: Batch,
+    *,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer update. Metrics: loss, norm of the gradient before clipping, learning rate (float32 scalars)."""
+    key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
+    loss, gradient = jax.value_and_grad(task.loss)(state.model, batch, key)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient), "learning_rate": schedule(state.step)}
+    return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics

@@ -1,0 +1,137 @@
+"""A task ties model, loss, data and metrics; the loop sees only this interface. Adding a task = a function and a line."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import reshard
+
+from configs.schema import Config, ConfigError, NFNetConfig, TextData
+from models import FAMILIES
+from models.params import Init, Spec
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop needs to know of a kind of training."""
+
+    init: Callable[[jax.Array, Spec], Any]  # (key, spec) -> model
+    loss: Callable[[Any, Batch, jax.Array], jax.Array]  # (model, batch, key) -> mean training loss
+    evaluate: Callable[[Any, Batch], Sums]  # (model, held-out batch) -> sums over the batch
+    summarise: Callable[[dict[str, float]], dict[str, float]]  # sums over all batches -> metrics by name
+    headline: str  # the metric that evaluations are judged by; lower is better
+    unit: str  # what throughput counts: tokens or images
+    units_per_step: int
+    flops_per_step: float  # matrix FLOPs of forward and backward
+    decays: Callable[[str], bool]  # parameter name -> weight decay applies
+    clips: Callable[[str], bool]  # parameter name -> adaptive clipping applies
+
+
+def make_task(config: Config) -> Task:
+    return TASKS[config.data.kind](config)
+
+
+def language_modelling(config: Config) -> Task:
+    """Next-token prediction; judged by bits per byte, which no choice of tokenizer can flatter."""
+    family, data, trainer = FAMILIES[config.model.kind], config.data, config.trainer
+    assert isinstance(data, TextData)
+    dtype, remat = jnp.dtype(trainer.compute_dtype), trainer.remat == "layer"
+
+    def token_losses(model, batch: Batch) -> jax.Array:
+        logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat)
+        return cross_entropy(logits, batch["targets"]) * batch["weights"]
+
+    def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
+        return jnp.sum(token_losses(model, batch)) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def evaluate(model, batch: Batch) -> Sums:
+        return {
+            "nats": jnp.sum(token_losses(model, batch)),
+            "tokens": jnp.sum(batch["weights"]),
+            "bytes": jnp.sum(batch["target_bytes"]).astype(jnp.float32),
+        }
+
+    def summarise(sums: dict[str, float]) -> dict[str, float]:
+        return {
+            "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+            "loss": sums["nats"] / max(sums["tokens"], 1.0),
+        }
+
+    return Task(
+        init=lambda key, spec: family.model(config.model, Init(key, spec)),
+        loss=loss,
+        evaluate=evaluate,
+        summarise=summarise,
+        headline="bits_per_byte",
+        unit="tokens",
+        units_per_step=data.batch_size * data.sequence_length,
+        flops_per_step=data.batch_size * data.sequence_length * family.train_flops(config.model, data.sequence_length),
+        decays=family.decays,
+        clips=family.clips,
+    )
+
+
+def image_classification(config: Config) -> Task:
+    """Softmax classification with label smoothing; judged by the error rate on held-out images."""
+    family, data = FAMILIES[config.model.kind], config.data
+    assert isinstance(config.model, NFNetConfig)
+    assert not isinstance(data, TextData)
+    dtype = jnp.dtype(config.trainer.compute_dtype)
+
+    def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
+        logits = model(batch["images"], dtype=dtype, dropout_key=key)
+        smooth = data.label_smoothing
+        target = cross_entropy(logits, batch["labels"])
+        uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        return jnp.mean((1 - smooth) * target + smooth * uniform)
+
+    def evaluate(model, batch: Batch) -> Sums:
+        logits = model(batch["images"], dtype=dtype, dropout_key=None)
+        wrong = jnp.argmax(logits, axis=-1) != batch["labels"]
+        return {
+            "nats": jnp.sum(cross_entropy(logits, batch["labels"]) * batch["weights"]),
+            "wrong": jnp.sum(wrong * batch["weights"]),
+            "images": jnp.sum(batch["weights"]),
+        }
+
+    def summarise(sums: dict[str, float]) -> dict[str, float]:
+        count = max(sums["images"], 1.0)
+        return {"error_rate": sums["wrong"] / count, "loss": sums["nats"] / count}
+
+    return Task(
+        init=lambda key, spec: family.model(config.model, Init(key, spec)),
+        loss=loss,
+        evaluate=evaluate,
+        summarise=summarise,
+        headline="error_rate",
+        unit="images",
+        units_per_step=data.batch_size,
+        flops_per_step=data.batch_size * family.train_flops(config.model, data.image_size),
+        decays=family.decays,
+        clips=family.clips,
+    )
+
+
+def check_fits(config: Config, manifest: dict) -> None:
+    """Raise ConfigError if the model has fewer outputs than the data has tokens or classes, or other channels."""
+    for field, needed in manifest["needs"].items():
+        given = getattr(config.model, field)
+        if given < needed or (field == "channels" and given != needed):
+            raise ConfigError(f"model.{field}={given} does not fit the data, which needs {needed}")
+
+
+TASKS: dict[str, Callable[[Config], Task]] = {"text": language_modelling, "images": image_classification}
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label] for logits (... V) in float32 and labels (...), with V divided as it comes."""
+    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
+    hit = labels[..., None] == jnp.expand_dims(classes, tuple(range(labels.ndim)))
+    hit = reshard(hit, jax.typeof(logits).sharding.spec)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
