@@ -35,25 +35,26 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def divides(section: Any, divisor: str, number: str) -> None:
+def divides(section: "Section", divisor: str, number: str) -> None:
     a, b = getattr(section, divisor), getattr(section, number)
     if b % a:
-        near = min((d for d in range(1, b + 1) if b % d == 0), key=lambda d: abs(d - a))
-        raise ConfigError(f"{divisor}={a} does not divide {number}={b}: the nearest that does is {near}")
+        near = next((d for step in range(1, 10_000) for d in (a - step, a + step) if 0 < d <= b and b % d == 0), None)
+        hint = f": the nearest that does is {near}" if near else ""
+        raise ConfigError(f"{section.show(divisor)} does not divide {section.show(number)}{hint}")
 
 
 def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
-        return f"a list of {type_name(typing.get_args(hint)[0])} separated by commas"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+        return {int: "whole numbers", str: "words"}[typing.get_args(hint)[0]] + " separated by commas"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
 
 
-def check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
-    """Type and range of one field. Raises ConfigError with the field's bare name."""
+def check_value(path: str, field: dataclasses.Field, hint: Any, value: Any) -> None:
+    """Type and range of one field. Raises ConfigError with the field's dotted path."""
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, tuple) or not value:
-            raise ConfigError(f"{field.name}={value!r} is not {type_name(hint)}")
+            raise ConfigError(f"{path}={value!r} is not {type_name(hint)}")
         values, hint = value, item
     else:
         values = (value,)
@@ -62,8 +63,10 @@ def check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
         ok = isinstance(v, hint) and not (isinstance(v, bool) and hint is not bool)
         if hint is float and isinstance(v, int) and not isinstance(v, bool):
             ok = True
-        if not ok or (isinstance(v, float) and not math.isfinite(v)):
-            raise ConfigError(f"{field.name}={v!r} is not {type_name(hint)}")
+        if not ok:
+            raise ConfigError(f"{path}={v!r} is not {type_name(hint)}")
+        if isinstance(v, float) and not math.isfinite(v):
+            raise ConfigError(f"{path}={v!r} is not finite: {type_name(hint)} is allowed")
         limits = [
             (meta["low"], "at least", lambda v, b: v >= b),
             (meta["above"], "above", lambda v, b: v > b),
@@ -72,12 +75,14 @@ def check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:
         ]
         if any(bound is not None and not holds(v, bound) for bound, _, holds in limits):
             allowed = " and ".join(f"{word} {bound:g}" for bound, word, _ in limits if bound is not None)
-            raise ConfigError(f"{field.name}={v!r} is out of range: {type_name(hint)} {allowed} is allowed")
+            raise ConfigError(f"{path}={v!r} is out of range: {type_name(hint)} {allowed} is allowed")
         if meta["choices"] and v not in meta["choices"]:
-            near = difflib.get_close_matches(str(v), [str(c) for c in meta["choices"]], n=1, cutoff=0.0)
-            allowed = ", ".join(str(c) for c in meta["choices"])
-            hint_text = f", perhaps {near[0]}" if near and len(meta["choices"]) > 1 else ""
-            raise ConfigError(f"{field.name}={v!r} is not one of {allowed}{hint_text}")
+            if len(meta["choices"]) == 1:
+                raise ConfigError(f"{path}={v!r} is not allowed: only {meta['choices'][0]} is")
+            names = [str(c) for c in meta["choices"]]
+            near = difflib.get_close_matches(str(v), names, n=1)
+            perhaps = f", perhaps {near[0]}" if near else ""
+            raise ConfigError(f"{path}={v!r} is not one of {', '.join(names)}{perhaps}")
 
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
@@ -88,20 +93,27 @@ _DATA = ("data", "result")
 class Section:
     """Checks every field's type and range on construction; sections add their own cross-field checks."""
 
+    section: ClassVar[str]  # the name this section has in Config
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            check_value(field, hints[field.name], getattr(self, field.name))
+            check_value(f"{self.section}.{field.name}", field, hints[field.name], getattr(self, field.name))
         self.check()
 
     def check(self) -> None:
-        """Cross-field rules. Raise ConfigError with a path relative to this section."""
+        """Cross-field rules. Raise ConfigError, naming fields with `show`."""
+
+    def show(self, name: str) -> str:
+        """A field as sentences name it: `model.width=192`."""
+        return f"{self.section}.{name}={getattr(self, name)!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GriffinConfig(Section):
     """Griffin, Hawk (pattern rec) and RecurrentGemma: arXiv 2402.19427, 2404.07839."""
 
+    section: ClassVar[str] = "model"
     kind: ClassVar[str] = "griffin"
     vocab_size: int = setting(264, "rows of the embedding table", low=2, changes=_ARCH)
     width: int = setting(192, "model width D", low=1, changes=_ARCH)
@@ -124,7 +136,7 @@ class GriffinConfig(Section):
         if "attn" in self.pattern and (self.width // self.num_heads) % 4:
             head_dim = self.width // self.num_heads
             raise ConfigError(
-                f"num_heads={self.num_heads} gives heads of {head_dim} features: rotary embedding of half a head "
+                f"{self.show('num_heads')} gives heads of {head_dim} features: rotary embedding of half a head "
                 f"needs a multiple of 4"
             )
 
@@ -133,6 +145,7 @@ class GriffinConfig(Section):
 class GemmaConfig(Section):
     """Gemma 1, 2 and 3 text models: arXiv 2403.08295, 2408.00118, 2503.19786."""
 
+    section: ClassVar[str] = "model"
     kind: ClassVar[str] = "gemma"
     vocab_size: int = setting(264, "rows of the embedding table", low=2, changes=_ARCH)
     width: int = setting(192, "model width D", low=1, changes=_ARCH)
@@ -164,13 +177,14 @@ class GemmaConfig(Section):
     def check(self) -> None:
         divides(self, "num_kv_heads", "num_heads")
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embedding pairs features, give an even number")
+            raise ConfigError(f"{self.show('head_dim')} is odd: rotary embedding pairs features, give an even number")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NFNetConfig(Section):
     """Normaliser-free ResNets, NFNet-F0 to F7+: arXiv 2102.06171."""
 
+    section: ClassVar[str] = "model"
     kind: ClassVar[str] = "nfnet"
     num_classes: int = setting(10, "classes", low=2, changes=_ARCH)
     channels: int = setting(1, "channels of the input images", low=1, changes=_ARCH)
@@ -197,16 +211,17 @@ class NFNetConfig(Section):
     def check(self) -> None:
         if len(self.widths) != len(self.depths):
             raise ConfigError(
-                f"depths={self.depths} has {len(self.depths)} stages but widths={self.widths} has {len(self.widths)}"
+                f"{self.show('depths')} has {len(self.depths)} stages but {self.show('widths')} has {len(self.widths)}"
             )
         if len(self.stem_widths) != 4:
             raise ConfigError(
-                f"stem_widths={self.stem_widths} has {len(self.stem_widths)} entries, the stem has 4 convolutions"
+                f"{self.show('stem_widths')} has {len(self.stem_widths)} entries, the stem has 4 convolutions"
             )
         for width in self.widths:
             if int(self.bottleneck * width) < self.group_width:
                 raise ConfigError(
-                    f"group_width={self.group_width} is wider than the {self.bottleneck} * {width} channels inside a block"
+                    f"{self.show('group_width')} is wider than the {int(self.bottleneck * width)} channels inside a block: "
+                    f"{self.show('bottleneck')} of {self.show('widths')}"
                 )
 
 
@@ -214,6 +229,7 @@ class NFNetConfig(Section):
 class TextData(Section):
     """Documents, tokenised, concatenated and cut into rows of equal length."""
 
+    section: ClassVar[str] = "data"
     kind: ClassVar[str] = "text"
     corpus: str = setting(
         "stdlib", "'stdlib' (Python's own sources on this machine) or a folder of text files", changes=_DATA
@@ -234,6 +250,7 @@ class TextData(Section):
 class ImageData(Section):
     """Labelled images."""
 
+    section: ClassVar[str] = "data"
     kind: ClassVar[str] = "images"
     source: str = setting(
         "digits", "scikit-learn's handwritten digits (1,797 of 8 by 8)", choices=("digits",), changes=_DATA
@@ -247,6 +264,7 @@ class ImageData(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
+    section: ClassVar[str] = "optimizer"
     name: str = setting("adamw", "update rule", choices=("adamw", "sgd"), changes=("recompile", "checkpoint", "result"))
     learning_rate: float = setting(3e-3, "peak learning rate", above=0, changes=_MATH)
     schedule: str = setting("cosine", "after warm-up", choices=("cosine", "constant"), changes=_MATH)
@@ -268,6 +286,7 @@ class OptimizerConfig(Section):
 class MeshConfig(Section):
     """Devices along each axis; -1 takes what the others leave. Results agree across meshes to rounding."""
 
+    section: ClassVar[str] = "mesh"
     replica: int = setting(1, "copies across slices", low=-1, changes=("recompile",))
     data: int = setting(-1, "data-parallel devices", low=-1, changes=("recompile",))
     fsdp: int = setting(1, "devices that share parameters and optimizer state", low=-1, changes=("recompile",))
@@ -280,12 +299,12 @@ class MeshConfig(Section):
         for axis, size in sizes.items():
             if size == 0:
                 raise ConfigError(
-                    f"{axis}=0 leaves no device: give a positive number, or -1 for the devices the other axes leave"
+                    f"{self.show(axis)} leaves no device: give a positive number, or -1 for the devices the other axes leave"
                 )
         fill = [axis for axis, size in sizes.items() if size == -1]
         if len(fill) > 1:
             raise ConfigError(
-                f"{fill[1]}=-1 contradicts {fill[0]}=-1: only one axis can take the devices that are left"
+                f"{self.show(fill[1])} contradicts {self.show(fill[0])}: only one axis can take the devices that are left"
             )
 
 
@@ -294,6 +313,7 @@ MESH_FIELDS = ("replica", "data", "fsdp", "sequence", "tensor")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
+    section: ClassVar[str] = "checkpoint"
     every: int = setting(100, "steps between saves; the last step is always saved", low=1)
     keep_last: int = setting(3, "newest checkpoints kept", low=1)
     keep_every: int = setting(0, "also keep every step divisible by this; 0 for none", low=0)
@@ -301,6 +321,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig(Section):
+    section: ClassVar[str] = "trainer"
     steps: int = setting(300, "optimizer updates in all", low=1, changes=_MATH)
     seed: int = setting(0, "initialisation and dropout", low=0, changes=_MATH)
     compute_dtype: str = setting("float32", "dtype of matrix products", choices=("float32", "bfloat16"), changes=_MATH)
@@ -313,6 +334,7 @@ class TrainerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
+    section: ClassVar[str] = "eval"
     every: int = setting(100, "steps between evaluations on held-out data; 0 for none before the end", low=0)
     batches: int = setting(8, "held-out batches an evaluation; 0 for all", low=0)
 
@@ -325,7 +347,7 @@ DataConfig = TextData | ImageData
 class Config:
     """A whole run. `podwright config NAME` prints one; any field can be set as --section.field VALUE."""
 
-    name: str
+    name: str = dataclasses.field(metadata=dict(help="what this config is called"))
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -338,11 +360,12 @@ class Config:
         text, image = isinstance(self.data, TextData), isinstance(self.model, NFNetConfig)
         if text == image:
             raise ConfigError(
-                f"data is {self.data.kind} but model is {self.model.kind}: a {self.model.kind} model cannot train on it"
+                f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
+                f"{self.model.kind} trains on {'images' if image else 'text'}"
             )
         if self.optimizer.warmup_steps > self.trainer.steps:
             raise ConfigError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than trainer.steps={self.trainer.steps}: "
+                f"{self.optimizer.show('warmup_steps')} is more than {self.trainer.show('steps')}: "
                 f"the learning rate would never reach its peak"
             )
 

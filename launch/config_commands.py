@@ -52,7 +52,8 @@ def config(argv: Sequence[str], extra_lines: Callable[[Config], Iterable[str]] |
     description = _description(name) or _description(resolved.config.name)
     header = ": ".join(filter(None, [resolved.config.name, description]))
     extra = list(extra_lines(resolved.config)) if extra_lines else []
-    _print([(line, "") for line in [header, *extra]] + _table(resolved))
+    _print((line, "") for line in [header, *extra])
+    _print(_table(resolved), cut=True)
     return 0
 
 
@@ -60,7 +61,7 @@ def _diff(argv: Sequence[str]) -> int:
     if len(argv) != 2:
         raise ConfigError(f"podwright config diff takes two configs, but {len(argv)} were given")
     found = differences(*(resolve(one).config for one in argv))
-    changes = [f"{d.path}: {format_value(d.a)} → {format_value(d.b)}" for d in found]
+    changes = [str(d) for d in found]
     width = max(map(len, changes), default=0)
     _print([(f"{change:<{width}}", d.words()) for change, d in zip(changes, found, strict=True)])
     if not found:
@@ -73,15 +74,16 @@ def _table(resolved: Resolved) -> list[Line]:
     kinds, values, sources = kinds_of(resolved.config), values_of(resolved.config), resolved.sources
     leaves = fields_of(kinds)
     shown = {path: format_value(value) for path, value in values.items()}
-    widths = [max(map(len, column)) for column in (shown, shown.values(), sources.values())]
     lines: list[Line] = []
-    for section, paths in itertools.groupby(shown, key=lambda path: path.partition(".")[0]):
+    for section, group in itertools.groupby(shown, key=lambda path: path.partition(".")[0]):
         if section == "name":
             continue
+        rows = [(path, shown[path], sources[path]) for path in group]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [("", ""), (f"{section} ({kinds[section]})" if section in KINDS else section, "")]
-        for path in paths:
-            cells = zip((path, shown[path], sources[path]), widths, strict=True)
-            lines.append(("  " + "  ".join(f"{cell:<{width}}" for cell, width in cells), f"# {leaves[path].help}"))
+        for row in rows:
+            cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+            lines.append((f"  {cells}", f"# {leaves[row[0]].help}"))
     return lines
 
 
@@ -95,8 +97,8 @@ def _wants_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-def _print(lines: Iterable[Line]) -> None:
-    """One row a line. On a terminal, comments are dim and a line too long for it is cut rather than wrapped."""
+def _print(lines: Iterable[Line], cut: bool = False) -> None:
+    """One row a line. On a terminal comments are dim, and with `cut` a row too long for it loses the end of those."""
     if not sys.stdout.isatty():
         for text, comment in lines:
             print(f"{text}  {comment}".rstrip())
@@ -106,4 +108,5 @@ def _print(lines: Iterable[Line]) -> None:
 
     console = Console(highlight=False)
     for text, comment in lines:
-        console.print(Text.assemble(text, ("  " + comment, "dim")), no_wrap=True, overflow="ellipsis", crop=True)
+        line = Text.assemble(text, ("  " + comment if comment else "", "dim"))
+        console.print(line, no_wrap=cut, overflow="ellipsis" if cut else "fold", soft_wrap=not cut)
