@@ -1,0 +1,127 @@
+"""What the rest of the house sees of data: batch N of a run as a pure function of (manifest, seed, N).
+
+There is no iterator state to save. Position step * batch_size + i of an endless stream of epochs names an example;
+a host computes only its own positions, so resuming needs a step number and a host count may change between runs.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from configs.schema import ConfigError
+from data.order import example_at
+
+Batch = dict[str, np.ndarray]
+
+PREFETCH_THREADS = 2
+PREFETCH_BATCHES = 8
+
+
+class DataError(Exception):
+    """The data a config names cannot be used: one sentence with what was found and what would do."""
+
+
+class Examples(Protocol):
+    """One split: `len()` examples, read by number into arrays whose first axis is the example."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """indices: int64 [n] in [0, len). Returns fields of n rows, in that order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A source opened for one host. All arrays are numpy; b is batch_size / process_count rows."""
+
+    manifest: dict[str, Any]  # see manifest_of
+    train: Examples
+    held_out: Examples
+    batch_size: int  # rows a step over all hosts
+    seed: int
+    summary: tuple[str, ...]  # what was found, at most two lines
+    skipped: list[tuple[str, str]]  # (path, reason), in path order
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.process_count:
+            raise ConfigError(
+                f"batch_size={self.batch_size} does not divide among {self.process_count} hosts: "
+                f"give a multiple of {self.process_count}"
+            )
+
+    @property
+    def examples_per_epoch(self) -> int:
+        return len(self.train)
+
+    def train_batch(self, step: int) -> Batch:
+        """This host's rows of batch `step`: arrays [b, ...]. Steps count from 0 and never run out."""
+        if step < 0:
+            raise ValueError(f"step {step} is before the first batch, 0")
+        return self.train.read(example_at(self._positions(step), len(self.train), self.seed))
+
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
+        """train_batch(start_step), train_batch(start_step + 1), ...: endless, read ahead in threads from this call on.
+
+        The iterator has a `close()` that drops what was read ahead.
+        """
+        import grain  # a second and a half, mostly jax: not paid by those who only look at data
+
+        steps = grain.MapDataset.range(start_step, 2**62)
+        options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+        batches = iter(steps.map(self.train_batch).to_iter_dataset(options))
+        batches.start_prefetch()
+        return batches
+
+    def held_out_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out examples in their fixed order, at most `limit` batches (None or 0: all of them).
+
+        Every batch has b rows a host; where the examples run out, rows of zeros follow, whose weights are 0.
+        """
+        count = -(-len(self.held_out) // self.batch_size)
+        for step in range(min(limit, count) if limit else count):
+            positions = self._positions(step)
+            real = positions[positions < len(self.held_out)]
+            yield {
+                name: np.pad(rows, [(0, len(positions) - len(real))] + [(0, 0)] * (rows.ndim - 1))
+                for name, rows in self.held_out.read(real).items()
+            }
+
+    def describe(self) -> list[str]:
+        """At most three lines for the start-up plan: what is there, how it is cut, what was left out and why."""
+        return [*self.summary, *([f"skipped {count_reasons(self.skipped)}"] if self.skipped else [])]
+
+    def _positions(self, step: int) -> np.ndarray:
+        """int64 [b]: this host's contiguous share of the global batch's positions."""
+        rows = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * rows
+        return np.arange(first, first + rows, dtype=np.int64)
+
+
+def manifest_of(content: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+    """A JSON-able manifest: `content`, which with the seed decides every batch, "hash", the sha256 of content's JSON,
+    and "counts" for people. content has "needs": the least a model's config must offer, by field."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return {**content, "counts": counts, "hash": digest}
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether an example belongs to the held-out split: by hash of its name, so others coming or going don't move it."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def count_reasons(skipped: list[tuple[str, str]]) -> str:
+    """`3 files: 2 not UTF-8 (a.py, ...), 1 empty (b.py)`."""
+    parts = []
+    for reason, count in sorted(Counter(reason for _, reason in skipped).items()):
+        first = next(path for path, why in skipped if why == reason)
+        parts.append(f"{count} {reason} ({first}{', ...' if count > 1 else ''})")
+    return f"{len(skipped)} file{'s' if len(skipped) != 1 else ''}: {', '.join(parts)}"

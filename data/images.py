@@ -1,0 +1,93 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8 by 8 pixels with 17 grey levels, shipped with the package."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.schema import ImageData
+from data.dataset import Batch, DataError, Dataset, is_held_out, manifest_of
+from data.order import ALGORITHM
+
+FORMAT = "bilinear-1"  # how stored images become batches: part of every manifest
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split."""
+
+    pixels: np.ndarray  # uint8 [n, h, w], 0 to 16
+    labels: np.ndarray  # int32 [n]
+    size: int  # H = W after resizing
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, 1] from -1 (paper) to 1 (ink), labels
+        int32 [B], weights float32 [B]."""
+        scaled = self.pixels[indices] / 8.0 - 1.0
+        return {
+            "images": resized(scaled, self.size).astype(np.float32)[..., None],
+            "labels": self.labels[indices],
+            "weights": np.ones(len(indices), np.float32),
+        }
+
+
+def open_images(config: ImageData) -> Dataset:
+    """Raises DataError when a split is left without an image."""
+    from sklearn.datasets import load_digits  # a second to import: only for those who use it
+
+    digits = load_digits()
+    pixels, labels = digits.images.astype(np.uint8), digits.target.astype(np.int32)
+    held_out = np.array([is_held_out(f"{config.source}/{i}", config.held_out) for i in range(len(labels))])
+    if held_out.all() or not held_out.any():
+        raise DataError(
+            f"{config.source} has {len(labels)} images, but data.held_out={config.held_out:g} leaves "
+            f"{int(held_out.sum())} of them held out and {int((~held_out).sum())} for training: both need one"
+        )
+    train, rest = (Images(pixels[part], labels[part], config.image_size) for part in (~held_out, held_out))
+    content = {
+        "kind": config.kind,
+        "format": FORMAT,
+        "order": ALGORITHM,
+        "source": config.source,
+        "image_size": config.image_size,
+        "needs": {"num_classes": int(labels.max()) + 1, "channels": 1},
+        "batch_size": config.batch_size,
+        "sha256": {
+            "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+            "labels": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
+            "held_out": hashlib.sha256(held_out.tobytes()).hexdigest(),
+        },
+    }
+    counts = {"images": len(labels), "train_images": len(train), "held_out_images": len(rest), "skipped": 0}
+    return Dataset(
+        manifest=manifest_of(content, counts),
+        train=train,
+        held_out=rest,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        summary=(
+            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images, 8 by 8 resized to "
+            f"{config.image_size} by {config.image_size} ({len(train) / config.batch_size:,.1f} steps of "
+            f"{config.batch_size} an epoch)",
+        ),
+        skipped=[],
+    )
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear, pixel centres at half-integers, edges repeated. float64 [B, h, w] to [B, size, size]."""
+    rows, columns = interpolation(images.shape[1], size), interpolation(images.shape[2], size)
+    return rows @ images @ columns.T
+
+
+def interpolation(old: int, new: int) -> np.ndarray:
+    """Weights float64 [new, old] of each old pixel in each new one; every row sums to 1."""
+    centre = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    left = np.minimum(centre.astype(int), old - 2)
+    weights = np.zeros((new, old))
+    weights[np.arange(new), left] = 1 - (centre - left)
+    weights[np.arange(new), left + 1] = centre - left
+    return weights
