@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models import griffin
+from models import gemma, griffin, nfnet
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,6 @@ class Family:
 
 FAMILIES = {
     "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays),
+    "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays),
+    "nfnet": Family(nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips),
 }

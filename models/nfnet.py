@@ -96,6 +96,16 @@ def train_flops(config: NFNetConfig, image_size: int) -> float:
     return 3.0 * 2.0 * macs
 
 
+def decays(name: str) -> bool:
+    """Weight decay: kernels, the classifier's included; not gains, biases and skip gains (the released recipe)."""
+    return name.endswith("kernel")
+
+
+def clips(name: str) -> bool:
+    """Adaptive gradient clipping: everything but the classifier's kernel (sec. 4.1); its bias is clipped."""
+    return not name.endswith("head/kernel")
+
+
 # --- functions over arrays --------------------------------------------------------------------------------------------
 
 
@@ -119,11 +129,26 @@ def scaled_gelu(x: jax.Array, approximate: bool) -> jax.Array:
     return GELU_GAIN * jax.nn.gelu(x, approximate=approximate)
 
 
-def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """BHWI, KKIO -> BHWO. SAME as in TensorFlow: a stride of 2 on an even side pads (0, 1), not (1, 1)."""
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
-    )
+def conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    """BHWI, KKIO, O -> BHWO in x's dtype. SAME as in TensorFlow: a stride of 2 on an even side pads (0, 1), not (1, 1).
+
+    Each device convolves its own images. Left to partition a grouped convolution, XLA gathers the whole batch on every
+    device (openxla/xla#47945) and, with jax 0.10.2, multiplies the kernel's gradient by the size of a mesh axis that
+    divides nothing. Written out, the gradient is also summed over devices in float32.
+    """
+
+    images, whole = jax.typeof(x).sharding.spec, PartitionSpec()
+    devices = images[0] or ()  # mesh axes that divide the batch
+
+    def local(x, kernel, bias):
+        kernel, bias = (lax.pcast(w, devices, to="varying").astype(x.dtype) for w in (kernel, bias))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+        return y + bias[None, None, None, :]
+
+    return jax.shard_map(local, in_specs=(images, whole, whole), out_specs=images)(x, kernel, bias)
 
 
 def halve(x: jax.Array) -> jax.Array:
@@ -141,11 +166,13 @@ def halve(x: jax.Array) -> jax.Array:
 
 
 def squeeze_excite(x: jax.Array, w_in: jax.Array, b_in: jax.Array, w_out: jax.Array, b_out: jax.Array) -> jax.Array:
-    """Channel-wise gates in (0, 2) from the image's mean, BHWC -> BHWC. Plain ReLU: the paper's GELU is not what ran."""
-    pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
-    hidden = jax.nn.relu(pooled @ w_in + b_in[None, :])
+    """Scales channels by gates in (0, 2) from the image's mean, BHWC -> BHWC. Gates in float32: they cost little.
+
+    Plain ReLU, as in the released code; the GELU in the paper's appendix is not what was trained.
+    """
+    hidden = jax.nn.relu(jnp.mean(x, axis=(1, 2), dtype=jnp.float32) @ w_in + b_in[None, :])
     gates = 2 * jax.nn.sigmoid(hidden @ w_out + b_out[None, :])
-    return x * gates[:, None, None, :]
+    return x * gates.astype(x.dtype)[:, None, None, :]
 
 
 def keep_mask(key: jax.Array, drop_rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -195,10 +222,9 @@ class Conv(nnx.Module):
         self.eps_mode, self.stride, self.groups = eps_mode, stride, groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Statistics belong to one output channel: each device standardises the channels it stores, in float32, and
-        # what travels is already in the compute dtype.
-        kernel = standardise_weight(self.kernel[...], self.gain[...], self.eps_mode).astype(x.dtype)
-        return conv(x, gather(kernel), self.stride, self.groups) + self.bias[...].astype(x.dtype)[None, None, None, :]
+        # Statistics belong to one output channel, so each device standardises the channels it stores.
+        kernel = standardise_weight(self.kernel[...], self.gain[...], self.eps_mode)
+        return conv(x, gather(kernel), self.bias[...], self.stride, self.groups)
 
 
 class Dense(nnx.Module):
@@ -210,8 +236,8 @@ class Dense(nnx.Module):
         self.kernel = init.param("kernel", (features_in, features_out), axes, initialiser)
         self.bias = init.param("bias", (features_out,), (None,), zeros)
 
-    def weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        return gather(self.kernel[...].astype(dtype)), self.bias[...].astype(dtype)
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        return gather(self.kernel[...]), self.bias[...]
 
 
 class Block(nnx.Module):
@@ -242,7 +268,7 @@ class Block(nnx.Module):
         h = self.spatial_0(activate(h))
         h = self.spatial_1(activate(h))
         h = self.expand(activate(h))
-        h = squeeze_excite(h, *self.squeeze.weights(h.dtype), *self.excite.weights(h.dtype))
+        h = squeeze_excite(h, *self.squeeze.weights(), *self.excite.weights())
         if key is not None and self.plan.drop_rate:
             h = drop_branches(h, key, self.plan.drop_rate)
         return shortcut + self.config.alpha * self.skip_gain[...].astype(h.dtype) * h
@@ -271,9 +297,12 @@ class NFNet(nnx.Module):
         self.head = Dense(init.scope("head"), config.head_width, config.num_classes, head_axes, normal(0.01**2))
 
     def __call__(
-        self, images: jax.Array, *, dtype: jnp.dtype = jnp.float32, dropout_key: jax.Array | None = None
+        self, images: jax.Array, *, dtype=jnp.float32, dropout_key: jax.Array | None = None, remat: bool = False
     ) -> jax.Array:
-        """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped."""
+        """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped.
+
+        `remat` recomputes each block in the backward pass.
+        """
         config = self.config
         x = images.astype(dtype)
         for i in range(len(STEM_STRIDES)):  # no activation after the last one: blocks start with theirs
@@ -282,10 +311,11 @@ class NFNet(nnx.Module):
         keys = [None] * (len(plans) + 1) if dropout_key is None else list(jax.random.split(dropout_key, len(plans) + 1))
         for plan, key in zip(plans, keys, strict=False):
             stage, block = plan.name
-            x = self.stages[stage][block](x, key)
+            run = self.stages[stage][block]
+            x = (jax.checkpoint(run) if remat else run)(x, key)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if keys[-1] is not None and config.dropout:
             features = dropout(features, keys[-1], config.dropout)
-        kernel, bias = self.head.weights(jnp.float32)
+        kernel, bias = self.head.weights()
         return features @ kernel + bias[None, :]

@@ -1,0 +1,374 @@
+"""Gemma 1, 2 and 3 equal a float64 numpy model written from the papers' formulas, one document at a time."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models.blocks
+import models.gemma
+from configs.schema import GemmaConfig
+from models.gemma import Gemma, decays, train_flops
+from models.params import Init, named_leaves
+from sharding.rules import Rules
+
+# D = 40, so that N * H = 48 is not D and sqrt(D) = 6.3246 is not a bfloat16 (6.3125 is); W = 5, rows of 24 tokens.
+TINY = dict(vocab_size=48, width=40, num_heads=4, head_dim=12, mlp_width=56, window=5)
+GEMMA1 = dict(pattern=("global",), qk_norm=False, post_norm=False, rope_base_global=1e4)
+GEMMA2 = dict(pattern=("local", "global"), qk_norm=False, rope_base_global=1e4, logits_soft_cap=30.0)
+GEMMA3 = dict(pattern=("local", "local", "global"), rope_base_global=1e6)
+# Depths leave one local layer of Gemma 2, and two of Gemma 3, outside the scanned groups.
+CONFIGS = {
+    "gemma1 mqa": GemmaConfig(**TINY, **GEMMA1, depth=2, num_kv_heads=1),
+    "gemma1 mha": GemmaConfig(**TINY, **GEMMA1, depth=2, num_kv_heads=4),
+    # A cap of 50 would not show on logits this small. The scale is the 27B's rule, (D / N)**-0.5.
+    "gemma2 27b": GemmaConfig(
+        **TINY, **GEMMA2, depth=5, num_kv_heads=2, attention_soft_cap=2.0, query_scale=(40 / 4) ** -0.5
+    ),
+    "gemma3 4b": GemmaConfig(**TINY, **GEMMA3, depth=5, num_kv_heads=2, rope_divisor_global=8.0),
+}
+BROKEN = 3e-4  # a trap moves some logit by more than this; rounding alone moves none by 1e-5
+TOKENS = np.random.default_rng(1).integers(0, 48, (4, 24)).astype(np.int32)
+DOCUMENTS = [(24,), (14, 10), (1, 23), (11, 2, 11)]
+POSITIONS = np.stack([np.concatenate([np.arange(n) for n in row]) for row in DOCUMENTS]).astype(np.int32)
+
+
+def shapes_of(config: GemmaConfig) -> Gemma:
+    return jax.eval_shape(lambda key: Gemma(config, Init(key, Rules().spec)), jax.random.key(0))
+
+
+def fan_in(name: str) -> int:
+    """Inputs of one output of a TINY kernel; for the table, D."""
+    return 48 if name.endswith("out/kernel") else 56 if name.endswith("down/kernel") else 40
+
+
+def values_of(config: GemmaConfig) -> dict[str, np.ndarray]:
+    """Random parameters by name; norm weights of either sign, kernels a little larger than at the start of training."""
+    rng = np.random.default_rng(0)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(shapes_of(config)).items()}
+    stds = {n: 0.3 if n.endswith("norm") else (1.3 if n.endswith("kernel") else 1) * fan_in(n) ** -0.5 for n in shapes}
+    return {name: (stds[name] * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def with_values(config: GemmaConfig, values: dict[str, np.ndarray]) -> Gemma:
+    """The model with these parameters, laid out for the current mesh; nothing is initialised first."""
+    model = shapes_of(config)
+    mesh = jax.sharding.get_mesh()
+    leaves = named_leaves(model)
+    assert leaves.keys() == values.keys()
+    placed = [
+        jax.device_put(values[name], jax.sharding.NamedSharding(mesh, leaf.sharding.spec))
+        for name, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model), placed)
+
+
+def run(model, tokens=TOKENS, positions=POSITIONS, dtype=jnp.float32):
+    # A fresh function each time, so that a monkeypatched trap is traced and not served from jit's cache.
+    batch = jax.sharding.NamedSharding(jax.sharding.get_mesh(), Rules().spec("batch", "seq"))
+    tokens, positions = jax.device_put(tokens, batch), jax.device_put(positions, batch)
+    return np.asarray(jax.jit(lambda m, t, p: m(t, p, dtype=dtype))(model, tokens, positions))
+
+
+# --- the oracle: float64, no batch, no packing, one head and one layer after the other ---
+
+
+def oracle(config: GemmaConfig, values: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Logits (T V) of one document."""
+    table = values["embedding/table"].astype(np.float64)
+    x = table[tokens] * 6.3125  # sqrt(40) in bfloat16
+    for i in range(config.depth):
+        kind = config.pattern[i % len(config.pattern)]
+        w = layer_values(config, values, i)
+        o = oracle_attention(config, kind, w, oracle_norm(x, w["attention_norm"]))
+        x = x + (oracle_norm(o, w["attention_post_norm"]) if config.post_norm else o)
+        h = oracle_norm(x, w["mlp_norm"])
+        a = h @ w["mlp/up/kernel"][:, 0]
+        gelu = 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+        y = (gelu * (h @ w["mlp/up/kernel"][:, 1])) @ w["mlp/down/kernel"]
+        x = x + (oracle_norm(y, w["mlp_post_norm"]) if config.post_norm else y)
+    logits = oracle_norm(x, values["final_norm"]) @ table.T
+    return config.logits_soft_cap * np.tanh(logits / config.logits_soft_cap) if config.logits_soft_cap else logits
+
+
+def layer_values(config: GemmaConfig, values: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    group, place = divmod(i, len(config.pattern))
+    scanned = group < config.depth // len(config.pattern)
+    prefix = f"layers/{'groups' if scanned else 'tail'}/{config.pattern[place]}_{place}/"
+    own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {name: (value[group] if scanned else value).astype(np.float64) for name, value in own.items()}
+
+
+def oracle_norm(x, w):
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * (1 + w)
+
+
+def oracle_attention(config, kind, w, h):
+    length, half = len(h), config.head_dim // 2
+    local = kind == "local"
+    base = config.rope_base_local if local else config.rope_base_global
+    divisor = 1 if local else config.rope_divisor_global
+    scale = config.query_scale or 1 / np.sqrt(config.head_dim)
+    turn = np.exp(1j * np.outer(np.arange(length) / divisor, base ** (-np.arange(half) / half)))
+
+    def rotate(z):  # features j and j + H/2 are the two parts of one complex number
+        z = (z[:, :half] + 1j * z[:, half:]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    out = np.zeros((length, config.width))
+    for n in range(config.num_heads):
+        kv = n // (config.num_heads // config.num_kv_heads)
+        q, k, v = (
+            h @ w["attention/q/kernel"][:, n],
+            h @ w["attention/k/kernel"][:, kv],
+            h @ w["attention/v/kernel"][:, kv],
+        )
+        if config.qk_norm:
+            q, k = oracle_norm(q, w["attention/q_norm"]), oracle_norm(k, w["attention/k_norm"])
+        q, k = rotate(q) * scale, rotate(k)
+        for t in range(length):
+            first = max(0, t - config.window + 1) if local else 0
+            s = k[first : t + 1] @ q[t]
+            if config.attention_soft_cap:
+                s = config.attention_soft_cap * np.tanh(s / config.attention_soft_cap)
+            p = np.exp(s - s.max())
+            out[t] += (p / p.sum()) @ v[first : t + 1] @ w["attention/out/kernel"][n]
+    return out
+
+
+@functools.cache
+def expected(family: str) -> np.ndarray:
+    """The oracle's logits of TOKENS (B T V), each document on its own."""
+    config = CONFIGS[family]
+    values = values_of(config)
+    ends = [np.cumsum((0, *row)) for row in DOCUMENTS]
+    rows = [
+        [oracle(config, values, row[a:b]) for a, b in itertools.pairwise(end)]
+        for row, end in zip(TOKENS, ends, strict=True)
+    ]
+    return np.stack([np.concatenate(row) for row in rows])
+
+
+# --- parity ---
+
+
+@pytest.fixture
+def build(one_device):
+    """Family -> the model the oracle's logits belong to, with some config fields changed."""
+
+    def make(family, **changes):
+        config = CONFIGS[family]
+        return with_values(dataclasses.replace(config, **changes), values_of(config))
+
+    return make
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_of_packed_documents_equal_the_oracle(build, family):
+    ours = run(build(family))
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected(family), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma3 4b", dict(rope_base_local=1e6, rope_base_global=1e4)),
+        ("gemma3 4b", dict(rope_base_global=1e4)),
+        ("gemma3 4b", dict(rope_divisor_global=1.0)),
+        ("gemma3 4b", dict(window=6)),
+        ("gemma3 4b", dict(query_scale=10**-0.5)),
+        ("gemma2 27b", dict(query_scale=0.0)),
+        ("gemma2 27b", dict(attention_soft_cap=0.0)),
+        ("gemma2 27b", dict(logits_soft_cap=0.0)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x),
+)
+def test_each_field_changes_the_logits(build, family, change):
+    assert np.abs(run(build(family, **change)) - expected(family)).max() > BROKEN
+
+
+def post_norm_after_residual(block, x, segment_pos):
+    x = NORM(x + block.attention(NORM(x, block.attention_norm[...]), segment_pos), block.attention_post_norm[...])
+    return NORM(x + block.mlp(NORM(x, block.mlp_norm[...])), block.mlp_post_norm[...])
+
+
+def cap_after_mask(q, k, v, mask, spec, soft_cap):
+    k, v = (jnp.repeat(t, q.shape[2] // k.shape[2], axis=2) for t in (k, v))
+    scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k), models.blocks.MASKED)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(soft_cap * jnp.tanh(scores / soft_cap)), v)
+
+
+def interleaved_heads(q, k, v, *rest):
+    k, v = (jnp.concatenate([t] * (q.shape[2] // k.shape[2]), axis=2) for t in (k, v))
+    return ATTENTION(q, k, v, *rest)
+
+
+NORM, ROPE, MASK, ATTENTION = (
+    getattr(models.blocks, name) for name in ("rms_norm", "rope", "attention_mask", "attention")
+)
+GELU, MLP = jax.nn.gelu, models.blocks.GatedMLP
+TRAPS = {
+    "w instead of 1+w": ("gemma1 mha", models.gemma, "rms_norm", lambda x, w: NORM(x, w - 1)),
+    "embedding not scaled": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(1)),
+    "scale not rounded": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(width**0.5)),
+    "gate and up swapped": (
+        "gemma1 mha",
+        MLP,
+        "__call__",
+        lambda mlp, x: mlp.down(GELU(mlp.up(x)[:, :, 1]) * mlp.up(x)[:, :, 0]),
+    ),
+    "exact gelu": ("gemma1 mha", jax.nn, "gelu", lambda x: GELU(x, approximate=False)),
+    "half of a head rotated": ("gemma1 mqa", models.gemma, "rope", lambda x, p, **k: ROPE(x, p, fraction=0.5, **k)),
+    "documents see each other": (
+        "gemma1 mqa",
+        models.gemma,
+        "attention_mask",
+        lambda p, left: MASK(jnp.broadcast_to(jnp.arange(24)[None], p.shape), left),
+    ),
+    "post norm after the residual": ("gemma2 27b", models.gemma.Block, "__call__", post_norm_after_residual),
+    "cap after the mask": ("gemma2 27b", models.gemma, "attention", cap_after_mask),
+    "heads interleaved over keys": ("gemma2 27b", models.gemma, "attention", interleaved_heads),
+    "window counts the keys before the query": (
+        "gemma2 27b",
+        models.gemma,
+        "attention_mask",
+        lambda p, left: MASK(p, None if left is None else left + 1),
+    ),
+    "qk norm missing": ("gemma3 4b", models.gemma, "rms_norm", lambda x, w: x if x.ndim == 4 else NORM(x, w)),
+    "divisor in local layers": (
+        "gemma3 4b",
+        models.gemma,
+        "rope",
+        lambda x, p, base, divisor: ROPE(x, p, base=base, divisor=8.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_each_trap_breaks_the_parity(build, monkeypatch, trap):
+    family, owner, name, wrong = TRAPS[trap]
+    monkeypatch.setattr(owner, name, wrong)
+    assert np.abs(run(build(family)) - expected(family)).max() > BROKEN
+
+
+def test_qk_norm_comes_before_rope(build, monkeypatch):
+    """The order shows only where the norm's weights differ between a rotated pair's two features."""
+    normed = []
+    monkeypatch.setattr(models.gemma, "rms_norm", lambda x, w: (normed.append(w), x)[1] if x.ndim == 4 else NORM(x, w))
+    monkeypatch.setattr(models.gemma, "rope", lambda *a, **k: NORM(ROPE(*a, **k), normed.pop(0)))
+    assert np.abs(run(build("gemma3 4b")) - expected("gemma3 4b")).max() > BROKEN
+
+
+# --- what training relies on ---
+
+
+def test_no_token_sees_a_later_one(build):
+    model = build("gemma3 4b")
+    changed = TOKENS.copy()
+    changed[:, 12] = (changed[:, 12] + 1) % 48
+    positions = np.tile(np.arange(24, dtype=np.int32), (4, 1))
+    before, after = run(model, TOKENS, positions), run(model, changed, positions)
+    assert np.array_equal(before[:, :12], after[:, :12])
+    assert np.abs(before[:, 12:] - after[:, 12:]).max(axis=-1).min() > 1e-3
+
+
+def test_packed_documents_and_left_padding_change_nothing(build):
+    model = build("gemma2 27b")
+    packed = run(model)[1]
+    alone = run(model, TOKENS[1:2, :14], POSITIONS[1:2, :14])[0]
+    padded = np.concatenate([np.full((1, 14), -1, np.int32), POSITIONS[1:2, 14:]], axis=1)
+    np.testing.assert_allclose(alone, packed[:14], atol=1e-5)
+    np.testing.assert_allclose(run(model, TOKENS[1:2], padded)[0, 14:], packed[14:], atol=1e-5)
+
+
+def test_gradients_equal_the_oracles_and_remat_changes_none(build):
+    config, values = CONFIGS["gemma3 4b"], values_of(CONFIGS["gemma3 4b"])
+    weight = np.random.default_rng(2).normal(size=(24, 48)) / 24
+    tokens, positions = TOKENS[:1], POSITIONS[:1]
+
+    def loss(model, remat):
+        logits = model(tokens, positions, dtype=jnp.float32, remat=remat)
+        return jnp.sum(logits * jnp.asarray(weight, jnp.float32)[None])
+
+    model = build("gemma3 4b")
+    plain, again = (named_leaves(jax.jit(jax.grad(loss), static_argnums=1)(model, remat)) for remat in (False, True))
+    for k, name in enumerate(values):
+        np.testing.assert_allclose(plain[name], again[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        direction = np.random.default_rng(k).normal(size=values[name].shape)
+        up, down = ({**values, name: values[name] + step * direction} for step in (1e-5, -1e-5))
+        slope = np.sum(weight * (oracle(config, up, tokens[0]) - oracle(config, down, tokens[0]))) / 2e-5
+        size = float(np.linalg.norm(plain[name]))
+        assert np.sum(np.asarray(plain[name]) * direction) == pytest.approx(slope, rel=1e-3, abs=1e-4 * size), name
+
+
+def test_bfloat16_stays_near_float32(build):
+    for family in ("gemma2 27b", "gemma3 4b"):
+        exact, rough = expected(family), run(build(family), dtype=jnp.bfloat16)
+        assert rough.dtype == np.float32
+        assert np.std(rough - exact) / np.std(exact) < 0.03
+
+
+@pytest.mark.parametrize("family", ["gemma1 mqa", "gemma2 27b", "gemma3 4b"])
+def test_eight_devices_give_the_logits_of_one(eight_devices, family):
+    sharded = run(with_values(CONFIGS[family], values_of(CONFIGS[family])))
+    np.testing.assert_allclose(sharded, expected(family), rtol=0, atol=1e-5)
+
+
+def test_kernels_start_with_variance_one_over_fan_in(one_device):
+    config = dataclasses.replace(CONFIGS["gemma3 4b"], depth=3)
+    model = named_leaves(jax.jit(lambda key: Gemma(config, Init(key, Rules().spec)))(jax.random.key(0)))
+    for name, leaf in model.items():
+        if name.endswith("norm"):
+            assert not np.any(leaf), name
+        else:
+            assert float(np.std(leaf)) == pytest.approx(fan_in(name) ** -0.5, rel=0.1), name
+
+
+def test_matrices_decay_and_norms_and_the_table_do_not(one_device):
+    names = named_leaves(shapes_of(CONFIGS["gemma3 4b"]))
+    assert {name.split("/")[-1] for name in names if decays(name)} == {"kernel"}
+    assert {name.split("/")[-1] for name in names if not decays(name)} == {
+        "table",
+        "final_norm",
+        *("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm", "q_norm", "k_norm"),
+    }
+
+
+# --- published sizes ---
+
+# depth, width, heads, key-value heads, head, F; parameters; context and GFLOP a token of training
+PUBLISHED = {
+    "gemma-2b": ((18, 2048, 8, 1, 256, 16384), 2_506_434_560, 16.85),
+    "gemma-7b": ((28, 3072, 16, 16, 256, 24576), 8_538_074_112, 56.86),
+    "gemma2-2b": ((26, 2304, 8, 4, 256, 9216), 2_614_636_800, 17.98),
+    "gemma2-9b": ((42, 3584, 16, 8, 256, 14336), 9_242_164_736, 62.85),
+    "gemma2-27b": ((46, 4608, 32, 16, 128, 36864), 27_227_718_144, 171.46),
+    "gemma3-270m": ((18, 640, 4, 1, 256, 2048), 268_098_176, 2.31),
+    "gemma3-1b": ((26, 1152, 4, 1, 256, 6912), 999_885_952, 6.94),
+    "gemma3-4b": ((34, 2560, 8, 4, 256, 10240), 3_880_099_328, 26.01),
+    "gemma3-12b": ((48, 3840, 16, 8, 256, 15360), 11_765_788_416, 79.01),
+    "gemma3-27b": ((62, 5376, 32, 16, 128, 21504), 27_009_002_240, 172.68),
+}
+
+
+def published(name: str) -> GemmaConfig:
+    sizes = dict(
+        zip(("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"), PUBLISHED[name][0], strict=True)
+    )
+    family = {"gemma-": GEMMA1, "gemma2": GEMMA2}.get(name[:6], {})  # the schema's defaults are Gemma 3's
+    vocab, window = (262_144, 512 if name in ("gemma3-270m", "gemma3-1b") else 1024) if not family else (256_128, 4096)
+    return GemmaConfig(vocab_size=vocab, window=window, **sizes, **family)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_the_published_parameters_and_flops(one_device, name):
+    """To the last digit of the papers' tables (embedding rows as in the Flax release); by shapes, nothing is allocated."""
+    config, (_, count, gigaflops) = published(name), PUBLISHED[name]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config))) == count
+    length = 32_768 if name.startswith("gemma3") else 8192
+    assert round(train_flops(config, length) / 1e9, 2) == gigaflops

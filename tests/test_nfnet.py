@@ -1,0 +1,382 @@
+"""NFNet against a float64 numpy forward pass written from the paper, published sizes, and itself on eight devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from configs.schema import MeshConfig, NFNetConfig
+from models import nfnet
+from models.nfnet import NFNet, plan_blocks, train_flops
+from models.params import Init, named_leaves, path_name
+from sharding.mesh import make_mesh
+from sharding.rules import Rules
+
+# Stage 1 has 10 channels inside its blocks, cut to 2 groups of 4; 37 by 42 pixels give odd and even sides to strides.
+TINY = NFNetConfig(
+    num_classes=10,
+    channels=3,
+    stem_widths=(4, 4, 8, 8),
+    widths=(16, 20, 32, 32),
+    depths=(1, 2, 1, 1),
+    group_width=4,
+    head_width=48,
+)
+TOLERANCE = 2e-6  # measured: 4e-7, on logits with a standard deviation of 0.4
+IMAGES = np.random.default_rng(1).normal(size=(2, 37, 42, 3)).astype(np.float32)
+
+
+@functools.cache
+def initialised() -> NFNet:
+    return jax.jit(lambda key: NFNet(TINY, Init(key, Rules().spec)))(jax.random.key(0))
+
+
+def abstract(config: NFNetConfig) -> NFNet:
+    return jax.eval_shape(lambda key: NFNet(config, Init(key, Rules().spec)), jax.random.key(0))
+
+
+def filled(config: NFNetConfig) -> NFNet:
+    """Parameters with telling values; at initialisation zero skip gains would hide every residual branch.
+
+    Convolution kernels are small, and tiny in their first output channel, so that both eps rules matter.
+    """
+    rng = np.random.default_rng(0)
+
+    def value(path, leaf):
+        name, x = path_name(path), rng.normal(size=leaf.shape)
+        if name.endswith("gain") and not name.endswith("skip_gain"):
+            x = 1 + 0.3 * x
+        elif name.endswith("skip_gain"):
+            x = rng.uniform(0.5, 1.0)
+        elif name.endswith("bias"):
+            x = 0.1 * x
+        elif x.ndim == 4:
+            x *= 0.1 / math.sqrt(np.prod(x.shape[:-1]))
+            x[..., 0] *= 0.01
+        else:
+            x *= 3 / math.sqrt(x.shape[0])
+        return jax.device_put(np.asarray(x, np.float32), leaf.sharding.spec)
+
+    return jax.tree_util.tree_map_with_path(value, abstract(config))
+
+
+def changed(model: NFNet, change) -> NFNet:
+    """The model with `change(name, value)` for every parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: change(path_name(path), leaf), model)
+
+
+@jax.jit
+def evaluate(model, images):
+    return model(images)
+
+
+@jax.jit
+def train(model, images, key):
+    return model(images, dropout_key=key)
+
+
+@jax.jit
+def train_gradient(model, images):
+    """Gradient and logits of one training step's loss."""
+
+    def loss(model):
+        logits = model(images, dropout_key=jax.random.key(0))
+        return jnp.mean(logits**2), logits
+
+    return jax.grad(loss, has_aux=True)(model)
+
+
+# --- the reference: float64, loops, no jax ----------------------------------------------------------------------------
+
+
+def np_gelu(x, approximate):
+    if approximate:
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def np_same(side, window, stride):
+    """Output side and the padding before the first pixel."""
+    out = -(-side // stride)
+    return out, max((out - 1) * stride + window - side, 0) // 2
+
+
+def np_windows(x, window, stride):
+    """Yields (row, column, tap row, tap column, pixel [B, C]) of every tap inside the image."""
+    height, pad_y = np_same(x.shape[1], window, stride)
+    width, pad_x = np_same(x.shape[2], window, stride)
+    for row in range(height):
+        for column in range(width):
+            for i in range(window):
+                for j in range(window):
+                    y, z = row * stride + i - pad_y, column * stride + j - pad_x
+                    if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
+                        yield row, column, i, j, x[:, y, z]
+
+
+def np_conv(p, name, x, config, stride=1, groups=1):
+    kernel, gain, bias = p[f"{name}/kernel"], p[f"{name}/gain"], p[f"{name}/bias"]
+    window, _, group_in, out = kernel.shape
+    standard = np.empty_like(kernel)
+    for o in range(out):
+        w = kernel[..., o]
+        centred = w - w.sum() / w.size
+        variance = (centred**2).sum() / w.size
+        if config.ws_eps_mode == "max_nvar":
+            standard[..., o] = centred * gain[o] / math.sqrt(max(w.size * variance, 1e-4))
+        else:
+            standard[..., o] = centred * gain[o] / math.sqrt(w.size * (variance + 1e-5))
+    y = np.zeros((x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), out)) + bias
+    for row, column, i, j, pixel in np_windows(x, window, stride):
+        for g in range(groups):
+            outs = slice(g * out // groups, (g + 1) * out // groups)
+            y[:, row, column, outs] += pixel[:, g * group_in : (g + 1) * group_in] @ standard[i, j, :, outs]
+    return y
+
+
+def np_pool(x):
+    total = np.zeros((x.shape[0], -(-x.shape[1] // 2), -(-x.shape[2] // 2), x.shape[3]))
+    count = np.zeros(total.shape)
+    for row, column, _, _, pixel in np_windows(x, 2, 2):
+        total[:, row, column] += pixel
+        count[:, row, column] += 1
+    return total / count
+
+
+def np_forward(p, config, x):
+    def act(x):
+        return 1.7015043497085571 * np_gelu(x, config.gelu_approximate)
+
+    x = np_conv(p, "stem/conv_0", x, config, stride=2)
+    x = np_conv(p, "stem/conv_1", act(x), config)
+    x = np_conv(p, "stem/conv_2", act(x), config)
+    x = np_conv(p, "stem/conv_3", act(x), config, stride=2)
+    expected_std = 1.0
+    for s, depth in enumerate(config.depths):
+        for b in range(depth):
+            name = f"stages/stage_{s}/block_{b}"
+            stride = 2 if s > 0 and b == 0 else 1
+            groups = math.floor(config.bottleneck * config.widths[s] / config.group_width)
+            h = act(x) / expected_std
+            if b == 0:
+                x = np_conv(p, f"{name}/shortcut", np_pool(h) if stride == 2 else h, config)
+            h = act(np_conv(p, f"{name}/reduce", h, config))
+            h = act(np_conv(p, f"{name}/spatial_0", h, config, stride, groups))
+            h = act(np_conv(p, f"{name}/spatial_1", h, config, 1, groups))
+            h = np_conv(p, f"{name}/expand", h, config)
+            z = h.mean((1, 2)) @ p[f"{name}/squeeze/kernel"] + p[f"{name}/squeeze/bias"]
+            z = np.maximum(z, 0) @ p[f"{name}/excite/kernel"] + p[f"{name}/excite/bias"]
+            h = h * 2 / (1 + np.exp(-z))[:, None, None, :]
+            x = x + config.alpha * p[f"{name}/skip_gain"] * h
+            expected_std = math.sqrt((1 if b == 0 else expected_std**2) + config.alpha**2)
+    features = act(np_conv(p, "final_conv", x, config)).mean((1, 2))
+    return features @ p["head/kernel"] + p["head/bias"]
+
+
+def reference(model, config):
+    return np_forward({k: np.asarray(v, np.float64) for k, v in named_leaves(model).items()}, config, IMAGES)
+
+
+# --- the claims -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eps_mode", "approximate"), [("max_nvar", True), ("add_var", False)])
+def test_logits_equal_float64_reference(one_device, eps_mode, approximate):
+    config = dataclasses.replace(TINY, ws_eps_mode=eps_mode, gelu_approximate=approximate)
+    model = filled(config)
+    expected = reference(model, config)
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(evaluate(model, IMAGES), expected, atol=TOLERANCE)
+
+
+def symmetric_conv(x, kernel, bias, stride=1, groups=1):
+    pad = [(kernel.shape[0] // 2,) * 2] * 2
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel, (stride,) * 2, pad, dimension_numbers=numbers, feature_group_count=groups)
+    return y + bias[None, None, None, :]
+
+
+def replan(**changes):
+    return lambda config: [
+        dataclasses.replace(plan, **{field: change(plan) for field, change in changes.items()})
+        for plan in plan_blocks(config)
+    ]
+
+
+TRAPS = {
+    "no beta": ("plan_blocks", replan(expected_variance=lambda plan: 1.0)),
+    "beta 1/var": ("plan_blocks", replan(expected_variance=lambda plan: plan.expected_variance**2)),
+    "variance reset before a transition": (
+        "plan_blocks",
+        replan(expected_variance=lambda plan: 1.0 if plan.block == 0 else plan.expected_variance),
+    ),
+    "symmetric padding": ("conv", symmetric_conv),
+    "GELU in squeeze-excite": ("jax.nn.relu", lambda x: jax.nn.gelu(x)),
+    "squeeze-excite without factor 2": ("jax.nn.sigmoid", lambda x: lax.logistic(x) / 2),
+    "unscaled GELU": ("GELU_GAIN", 1.0),
+    "padding counts in pooling": (
+        "halve",
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME") / 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_reference_notices(one_device, monkeypatch, trap):
+    name, replacement = TRAPS[trap]
+    monkeypatch.setattr(f"models.nfnet.{name}", replacement)
+    model = filled(TINY)
+    difference = abs(jax.jit(lambda m, x: m(x))(model, IMAGES) - reference(model, TINY)).max()
+    assert difference > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("field", "wrong"), [("ws_eps_mode", "add_var"), ("gelu_approximate", False)])
+def test_reference_notices_wrong_setting(one_device, field, wrong):
+    model = filled(dataclasses.replace(TINY, **{field: wrong}))
+    assert abs(evaluate(model, IMAGES) - reference(model, TINY)).max() > 100 * TOLERANCE
+
+
+def imagenet(depth: int, plus: bool) -> NFNetConfig:
+    """F0 to F7 (depth 1 to 8) and the wider "+" variants, from the paper's table 1 and the released code."""
+    return NFNetConfig(
+        num_classes=1000,
+        channels=3,
+        stem_widths=(16, 32, 64, 192 if plus else 128),
+        widths=(384, 768, 2048, 2048) if plus else (256, 512, 1536, 1536),
+        depths=(depth, 2 * depth, 6 * depth, 3 * depth),
+        group_width=128,
+        head_width=4096 if plus else 3072,
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "plus", "parameters", "pixels", "giga_macs"),
+    [
+        (1, False, 71_489_284, 256, 12.38),
+        (2, False, 132_634_256, 320, 35.54),
+        (8, False, 499_504_088, 608, 478.78),
+        (1, True, 118_824_516, 224, 14.96),
+        (4, True, 423_421_992, 416, 177.99),
+    ],
+)
+def test_size_and_flops_are_the_published_ones(one_device, depth, plus, parameters, pixels, giga_macs):
+    config = imagenet(depth, plus)
+    leaves = named_leaves(abstract(config))
+    assert sum(leaf.size for leaf in leaves.values()) == parameters
+    assert round(train_flops(config, pixels) / 6e9, 2) == giga_macs
+
+
+def test_expected_variances_of_f0_are_the_released_models():
+    squares = [1.0, 1.04, 1.04, 1.08, 1.04, 1.08, 1.12, 1.16, 1.20, 1.24, 1.04, 1.08]
+    np.testing.assert_allclose([plan.expected_variance for plan in plan_blocks(imagenet(1, False))], squares)
+
+
+def test_parameter_names_shapes_and_ranks(one_device):
+    leaves = named_leaves(abstract(TINY))
+    conv, dense = ("kernel", "gain", "bias"), ("kernel", "bias")
+    expected = {f"stem/conv_{i}/{p}" for i in range(4) for p in conv} | {f"final_conv/{p}" for p in conv}
+    expected |= {f"head/{p}" for p in dense}
+    for s, depth in enumerate(TINY.depths):
+        for b in range(depth):
+            block = f"stages/stage_{s}/block_{b}"
+            convs = ["reduce", "spatial_0", "spatial_1", "expand"] + (["shortcut"] if b == 0 else [])
+            expected |= {f"{block}/{c}/{p}" for c in convs for p in conv} | {f"{block}/skip_gain"}
+            expected |= {f"{block}/{d}/{p}" for d in ("squeeze", "excite") for p in dense}
+    assert set(leaves) == expected
+    assert {n.rsplit("/", 1)[-1]: leaf.ndim for n, leaf in leaves.items() if "kernel" not in n} == {
+        "gain": 1,
+        "bias": 1,
+        "skip_gain": 0,
+    }
+    assert leaves["stages/stage_1/block_0/spatial_0/kernel"].shape == (3, 3, 4, 8)
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves.values())
+
+
+def test_at_initialisation_blocks_only_pass_their_shortcut_on(one_device):
+    model = initialised()
+    identity = "stages/stage_1/block_1/"  # a block whose shortcut has no parameters
+    other = changed(model, lambda name, x: x + 1 if name.startswith(identity) and "skip_gain" not in name else x)
+    np.testing.assert_array_equal(evaluate(model, IMAGES), evaluate(other, IMAGES))
+
+
+def test_initial_kernels_have_variance_one_over_fan_in(one_device):
+    for name, leaf in named_leaves(initialised()).items():
+        if name.endswith("kernel"):
+            expected = 0.01**2 if name == "head/kernel" else 1 / math.prod(leaf.shape[:-1])
+            assert abs(np.mean(leaf**2) / expected - 1) < 6 / math.sqrt(leaf.size), name
+
+
+def test_evaluation_is_deterministic_and_ignores_drop_rates(one_device):
+    model, noisy = filled(TINY), filled(dataclasses.replace(TINY, dropout=0.5, stochastic_depth=0.5))
+    expected = evaluate(model, IMAGES)
+    np.testing.assert_array_equal(evaluate(model, IMAGES), expected)
+    np.testing.assert_array_equal(evaluate(noisy, IMAGES), expected)
+    np.testing.assert_array_equal(train(model, IMAGES, jax.random.key(1)), expected)  # rates of 0: no difference
+    first = train(noisy, IMAGES, jax.random.key(1))
+    np.testing.assert_array_equal(train(noisy, IMAGES, jax.random.key(1)), first)
+    assert abs(train(noisy, IMAGES, jax.random.key(2)) - first).max() > 0.1
+
+
+def test_stochastic_depth_drops_whole_images_at_each_blocks_rate_without_rescaling(one_device):
+    """With one block's branch switched on, an image's logits are either those with the branch or those without."""
+    model, num_images = filled(dataclasses.replace(TINY, stochastic_depth=0.5)), 1024
+    blocks = ["stage_0/block_0", "stage_1/block_0", "stage_1/block_1", "stage_2/block_0", "stage_3/block_0"]
+    image = IMAGES[:1, :9, :9]
+
+    def only(block):
+        others = [f"stages/{other}/skip_gain" for other in blocks if other != block]
+        return changed(model, lambda name, x: 0 * x if name in others else x)
+
+    without = evaluate(only(None), image)
+    for i, block in enumerate(blocks):
+        with_branch = evaluate(only(block), image)
+        out = train(only(block), np.repeat(image, num_images, axis=0), jax.random.key(i))
+        kept, dropped = (abs(np.asarray(out - logits)).max(axis=1) < 1e-5 for logits in (with_branch, without))
+        assert (kept ^ dropped).all(), block
+        rate = 0.5 * i / 5
+        assert abs(dropped.mean() - rate) <= 4 * math.sqrt(rate * (1 - rate) / num_images), block
+
+
+def test_dropout_drops_at_the_rate_and_keeps_the_mean(one_device):
+    out = np.asarray(nfnet.dropout(jnp.ones((200, 300)), jax.random.key(0), 0.3))
+    np.testing.assert_allclose(np.unique(out), [0, 1 / 0.7], rtol=1e-6)
+    assert abs((out == 0).mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / out.size)
+
+
+def test_bfloat16_stays_near_float32_and_returns_float32(one_device):
+    model = filled(TINY)
+    exact, rounded = evaluate(model, IMAGES), jax.jit(lambda m, x: m(x, dtype=jnp.bfloat16))(model, IMAGES)
+    assert rounded.dtype == jnp.float32
+    assert 0 < abs(rounded - exact).max() < 0.05 * exact.std()
+
+
+NOISY = dataclasses.replace(TINY, dropout=0.2, stochastic_depth=0.5)
+BATCH = np.random.default_rng(2).normal(size=(8, 33, 33, 3)).astype(np.float32)
+
+
+def test_every_parameter_has_a_gradient(one_device):
+    grads, _ = train_gradient(filled(NOISY), jnp.asarray(BATCH))
+    for name, grad in named_leaves(grads).items():
+        assert np.isfinite(grad).all(), name
+        assert abs(grad).max() > 0, name
+
+
+def test_eight_devices_agree_with_one(one_device):
+    grads, logits = train_gradient(filled(NOISY), jnp.asarray(BATCH))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        model = filled(NOISY)
+        grads_8, logits_8 = train_gradient(model, jax.device_put(BATCH, Rules().spec("batch", None, None, None)))
+        assert jax.typeof(logits_8).sharding.spec == Rules().spec("batch", None)
+    np.testing.assert_allclose(logits_8, logits, atol=1e-5)
+    parameters, grads, grads_8 = named_leaves(model), named_leaves(grads), named_leaves(grads_8)
+    divided = [name for name, leaf in parameters.items() if not leaf.is_fully_replicated]
+    assert "stages/stage_0/block_0/spatial_0/kernel" in divided
+    assert "head/kernel" in divided
+    for name, grad in grads.items():
+        assert grads_8[name].sharding == parameters[name].sharding
+        np.testing.assert_allclose(grads_8[name], grad, atol=1e-5 * abs(np.asarray(grad)).max(), err_msg=name)
