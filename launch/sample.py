@@ -36,8 +36,8 @@ def continuation(run: str, prompt: str, num_tokens: int, temperature: float, see
 
     import jax
     import numpy as np
-    from data.text import open_tokenizer
 
+    from data.text import open_tokenizer
     from models.decode import generate
     from sharding.mesh import one_device_mesh
 

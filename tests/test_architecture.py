@@ -56,7 +56,9 @@ def test_only_sharding_and_the_mesh_section_name_mesh_axes():
 
 
 def test_only_raw_jax_transforms_are_used():
-    banned = re.compile(r"nnx\.(jit|grad|value_and_grad|scan|vmap|remat|split|merge|Optimizer|Rngs|Variable)\b|jax\._src|\bpmap\b")
+    banned = re.compile(
+        r"nnx\.(jit|grad|value_and_grad|scan|vmap|remat|split|merge|Optimizer|Rngs|Variable)\b|jax\._src|\bpmap\b"
+    )
     for package in MAY_IMPORT:
         for file in source_files(package):
             found = banned.findall(file.read_text())

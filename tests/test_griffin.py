@@ -161,7 +161,9 @@ def test_gradients_of_every_parameter_equal_the_reference(golden_model):
     for name, norm in GOLDEN["grad_l2"].items():
         assert float(np.linalg.norm(np.asarray(ours[our_name(name)]))) == pytest.approx(norm, rel=1e-4), name
     np.testing.assert_allclose(
-        np.asarray(ours[our_name("blocks.0/recurrent_block/rg_lru/a_param")]).ravel(), GOLDEN["grad_a_param_block0"], atol=1e-6
+        np.asarray(ours[our_name("blocks.0/recurrent_block/rg_lru/a_param")]).ravel(),
+        GOLDEN["grad_a_param_block0"],
+        atol=1e-6,
     )
 
 
@@ -179,7 +181,16 @@ def test_gradients_of_every_parameter_equal_the_reference(golden_model):
         lambda m: m.setattr(models.griffin, "causal_conv", lambda u, t, b, p: CONV(u, t[::-1], b, p)),
         lambda m: m.setattr(models.griffin, "causal_conv", lambda u, t, b, p: CONV(u, t, b, jnp.full_like(p, 99))),
     ],
-    ids=["embedding scale", "c", "1+scale", "window keys", "whole-head rope", "reset", "tap order", "conv crosses documents"],
+    ids=[
+        "embedding scale",
+        "c",
+        "1+scale",
+        "window keys",
+        "whole-head rope",
+        "reset",
+        "tap order",
+        "conv crosses documents",
+    ],
 )
 def test_each_trap_breaks_the_parity(golden_model, monkeypatch, trap):
     trap(monkeypatch)
@@ -234,7 +245,9 @@ def test_bfloat16_stays_near_float32(golden_model):
     assert float(jnp.std(rough - exact) / jnp.std(exact)) < 0.03
 
 
-@pytest.mark.parametrize("scan", [linear_scan, lambda a, x: _associative(a, x, False), lambda a, x: _sequential(a, x, False)])
+@pytest.mark.parametrize(
+    "scan", [linear_scan, lambda a, x: _associative(a, x, False), lambda a, x: _sequential(a, x, False)]
+)
 def test_linear_scan_and_its_gradient_equal_a_float64_loop(scan):
     rng = np.random.default_rng(0)
     a, x = rng.uniform(0, 1, (2, 13, 3)), rng.normal(size=(2, 13, 3))
@@ -256,7 +269,9 @@ def test_linear_scan_and_its_gradient_equal_a_float64_loop(scan):
 
     a32, x32 = jnp.asarray(a, jnp.float32), jnp.asarray(x, jnp.float32)
     np.testing.assert_allclose(scan(a32, x32), loop(a, x), atol=1e-5)
-    da, dx = jax.jit(jax.grad(lambda a, x: jnp.sum(jnp.asarray(weight, jnp.float32) * scan(a, x)), argnums=(0, 1)))(a32, x32)
+    da, dx = jax.jit(jax.grad(lambda a, x: jnp.sum(jnp.asarray(weight, jnp.float32) * scan(a, x)), argnums=(0, 1)))(
+        a32, x32
+    )
     for index in np.ndindex(a.shape):
         assert float(da[index]) == pytest.approx(numeric(0, index), abs=1e-4)
         assert float(dx[index]) == pytest.approx(numeric(1, index), abs=1e-4)
@@ -265,8 +280,12 @@ def test_linear_scan_and_its_gradient_equal_a_float64_loop(scan):
 def test_published_sizes_have_the_published_number_of_parameters(one_device):
     """RecurrentGemma 2B and 9B, exact (griffin report, section 2.2); by shapes alone, nothing is allocated."""
     released = dict(vocab_size=256_000, window=2048, embedding_scale=True, logits_soft_cap=30.0)
-    two = GriffinConfig(width=2560, depth=26, rnn_width=2560, mlp_width=7680, num_heads=10, num_gate_blocks=10, **released)
-    nine = GriffinConfig(width=4096, depth=38, rnn_width=4096, mlp_width=12288, num_heads=16, num_gate_blocks=16, **released)
+    two = GriffinConfig(
+        width=2560, depth=26, rnn_width=2560, mlp_width=7680, num_heads=10, num_gate_blocks=10, **released
+    )
+    nine = GriffinConfig(
+        width=4096, depth=38, rnn_width=4096, mlp_width=12288, num_heads=16, num_gate_blocks=16, **released
+    )
     for config, count in ((two, 2_682_862_080), (nine, 8_579_977_216)):
         shapes = jax.eval_shape(lambda key, c=config: Griffin(c, Init(key, Rules().spec)), jax.random.key(0))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
@@ -274,7 +293,7 @@ def test_published_sizes_have_the_published_number_of_parameters(one_device):
 
 def test_recurrence_starts_on_the_published_ring():
     rho = jax.nn.sigmoid(-models.griffin.ring(jax.random.key(0), (100_000,)))
-    assert 0.9 <= float(rho.min())
+    assert float(rho.min()) >= 0.9
     assert float(rho.max()) <= 0.9991
     assert float(jnp.mean(rho**2)) == pytest.approx((0.9**2 + 0.999**2) / 2, abs=1e-3)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import CheckpointConfig
 from models.params import path_name
@@ -91,10 +91,12 @@ def reason(error: BaseException) -> str:
 
 def concrete(abstract: Any, mesh: Mesh) -> Any:
     """Shapes with shardings on the abstract mesh of the same axes -> the same on these devices."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec)),
-        abstract,
-    )
+
+    def place(leaf):
+        spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)
 
 
 def to_tree(state: Any) -> dict:

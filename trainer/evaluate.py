@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from data.dataset import Dataset
 from jax.sharding import Mesh, NamedSharding
 
 from configs.schema import Config
 from configs.store import from_json
+from data.dataset import Dataset
 from models.params import Spec
 from sharding.rules import Rules
 from trainer.checkpoint import Checkpoints, StorageError, concrete

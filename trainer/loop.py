@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterable, Iterator
 
 import jax
-from data.dataset import Dataset
 from jax.sharding import Mesh
 
 from configs.schema import Config, ConfigError
 from data import open_data
+from data.dataset import Dataset
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import Rules
 from sharding.topologies import peak_flops
@@ -69,7 +69,8 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
 
         if latest is None:
-            state, start = jax.jit(init)(), 0
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            state, start = jax.jit(init, out_shardings=shardings)(), 0
         else:
             state, meta = checkpoints.restore(latest, abstract)
             start = meta["step"]

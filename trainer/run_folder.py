@@ -12,11 +12,10 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from data.dataset import DataError
-
 from configs.compare import Difference, differences
 from configs.schema import Config, ConfigError
 from configs.store import from_json, to_json
+from data.dataset import DataError
 from trainer.checkpoint import StorageError, reason
 
 REFUSED = ("data", "checkpoint", "result")  # a change with one of these effects breaks the promise of an exact resume
