@@ -363,11 +363,6 @@ class Config:
                 f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
                 f"{self.model.kind} trains on {'images' if image else 'text'}"
             )
-        if self.optimizer.warmup_steps > self.trainer.steps:
-            raise ConfigError(
-                f"{self.optimizer.show('warmup_steps')} is more than {self.trainer.show('steps')}: "
-                f"the learning rate would never reach its peak"
-            )
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config) if f.name != "name")

@@ -4,8 +4,8 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
 
-from configs.fields import fields_of
-from configs.schema import KINDS, SECTIONS, ConfigError
+from configs.fields import fields_of, kinds_of
+from configs.schema import KINDS, SECTIONS, Config, ConfigError
 
 
 def nearest(wrong: str, names: Collection[str], likeness: float = 0.6) -> list[str]:
@@ -38,6 +38,16 @@ def unknown_field(given: str, path: str, kinds: Mapping[str, str], options: Coll
     if section in SECTIONS:
         return ConfigError(f"{given} is not a field, {section} has {in_section}")
     return ConfigError(f"{given} is not a field, the sections are {', '.join(SECTIONS)}")
+
+
+def allowed_fields(text: str, config: Config) -> frozenset[str]:
+    """The fields listed in `--allow a,b`; "data" stands for the files behind the data. Raises ConfigError."""
+    names = [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
+    known = ["data", *fields_of(kinds_of(config))]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--allow {name} is neither 'data' nor a field, {perhaps(name, known)}")
+    return frozenset(names)
 
 
 def _near_paths(path: str, paths: list[str], options: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ Commands import what they need inside, so that a config error is told before jax
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,24 +22,28 @@ EXIT_CODES = {
 
 
 def train(argv: list[str]) -> int:
-    """train a config, or resume its run: train NAME [--run DIR] [--section.field VALUE]"""
+    """train a config, or resume its run: train NAME [--run DIR] [--allow FIELDS] [--section.field VALUE]"""
     from configs.overrides import resolve
+    from configs.suggestions import allowed_fields
 
-    parser = Parser(prog="podwright train", description=train.__doc__, add_help=True)
-    parser.add_argument("name", help="an experiment (see `podwright configs`)")
-    parser.add_argument("--run", help="folder of the run (default runs/NAME)")
-    parser.add_argument("--allow", default="", help="fields that may differ from the run's saved config, by comma")
-    options, overrides = parser.parse_known_args(argv)
-    config = resolve(options.name, overrides).config
-    run = options.run or os.path.join("runs", config.name)
+    if not argv or argv[0] in ("-h", "--help"):
+        return usage(train)
+    name, *rest = argv
+    resolved = resolve(name, rest, {"run": "DIR", "allow": "FIELDS"})
+    run = resolved.options.get("run") or os.path.join("runs", resolved.config.name)
+    allow = allowed_fields(resolved.options.get("allow", ""), resolved.config)
     from trainer.loop import Preempted
     from trainer.loop import train as run_training
 
     try:
-        run_training(config, run, allow=[field.replace("-", "_") for field in options.allow.split(",") if field])
+        run_training(resolved.config, run, allow)
     except Preempted as end:
-        again = " ".join(["podwright train", options.name, "--run", run, *overrides])
-        raise Preempted(f"{end}; continue with: {again}") from None
+        raise Preempted(f"{end}; continue with: {shlex.join(['podwright', 'train', *argv])}") from None
+    return 0
+
+
+def usage(command: Callable) -> int:
+    print(f"podwright: {(command.__doc__ or '').strip()}")
     return 0
 
 
@@ -89,6 +94,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are our one-sentence errors."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise ConfigError(f"{self.prog}: {message}")

@@ -1,10 +1,11 @@
 """`podwright demo`: what the project promises, shown in a few minutes on a laptop: train, kill, resume, sample."""
 
 import gzip
+import itertools
 import lzma
 import os
 import pathlib
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,21 +15,16 @@ RULE = "-" * 100
 
 
 def main(argv: list[str]) -> int:
-    from launch.cli import Parser
-
-    parser = Parser(prog="podwright demo")
-    parser.add_argument("--run", default="runs/demo", help="folder of the demonstration's run")
-    parser.add_argument("--fresh", action="store_true", help="delete an earlier demonstration in that folder first")
-    options, overrides = parser.parse_known_args(argv)
-    run = pathlib.Path(options.run)
-    if options.fresh and (run / "config.json").exists():
-        shutil.rmtree(run)
-
     from configs.overrides import resolve
+    from launch.cli import demo, usage
     from trainer.run_folder import read_metrics
 
-    config = resolve("griffin-tiny", overrides).config
-    command = [sys.executable, "-m", "launch", "train", "griffin-tiny", "--run", str(run), *overrides]
+    if "-h" in argv or "--help" in argv:
+        return usage(demo)
+    resolved = resolve("griffin-tiny", argv, {"run": "DIR"})
+    config, run = resolved.config, pathlib.Path(resolved.options.get("run") or unused("runs/demo"))
+    here = [] if "run" in resolved.options else ["--run", str(run)]
+    command = [sys.executable, "-m", "launch", "train", "griffin-tiny", *here, *argv]
     kill_after = config.checkpoint.every + config.trainer.log_every
 
     heading("1. Train a small Griffin on Python's own source code, and kill it without warning")
@@ -58,12 +54,18 @@ def main(argv: list[str]) -> int:
     return podwright(sample)
 
 
+def unused(folder: str) -> str:
+    """`folder`, or the first of folder-2, folder-3, ... that does not exist: an earlier demonstration stays."""
+    names = itertools.chain([folder], (f"{folder}-{n}" for n in itertools.count(2)))
+    return next(name for name in names if not os.path.exists(name))
+
+
 def heading(text: str) -> None:
     print(f"\n{RULE}\n{text}\n{RULE}", flush=True)
 
 
 def show(command: list[str]) -> str:
-    return "podwright " + " ".join(command[3:])
+    return shlex.join(["podwright", *command[3:]])
 
 
 def train_until_killed(command: list[str], run: pathlib.Path, step: int) -> bool:

@@ -1,5 +1,6 @@
 """Every test runs on 8 simulated CPU devices, in full precision, without silent promotion of ranks or dtypes."""
 
+import hypothesis
 import jax
 import pytest
 
@@ -11,6 +12,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Compilation and a busy machine are slow; neither is a defect of the example.
+hypothesis.settings.register_profile(
+    "ours", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture

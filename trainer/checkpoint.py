@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,11 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, config: CheckpointConfig):
         self.folder = folder
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+        for narrator in (
+            "absl",
+            "asyncio",
+        ):  # orbax narrates saves, and each part of one that fails; the cause is raised
+            logging.getLogger(narrator).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
@@ -86,6 +91,8 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if system := re.search(r"([^:]+) \[os_error_code=", str(error)):  # tensorstore's way to quote the operating system
+        return system[1].strip()
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

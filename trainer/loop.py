@@ -154,7 +154,8 @@ def plan(
         f"step        {task.units_per_step:,} {task.unit}, {task.flops_per_step:.3g} FLOPs; "
         + (f"MFU against {peak:.3g} FLOP/s a device" if peak else "no MFU: no peak is known for this device"),
         f"optimizer   {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
-        f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up",
+        f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up"
+        + (": too few steps to reach the peak" if optimizer.warmup_steps > trainer.steps else ""),
         f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
         f"state       {'new, from seed ' + str(trainer.seed) if latest is None else f'resume from step {latest}'}",
         *(f"changed     {change}" for change in folder.changes[:5]),

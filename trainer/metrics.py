@@ -1,11 +1,13 @@
 """What a run prints and records: aligned lines and a progress bar, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import math
 import pathlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 import jax
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sharding.topologies import peak_flops
+from trainer.checkpoint import StorageError, reason
 
 
 class NumericsError(ArithmeticError):
@@ -28,13 +31,15 @@ class Reporter:
         self.unit, self.units_per_step, self.flops_per_step = unit, units_per_step, flops_per_step
         self.steps, self.log_every = steps, log_every
         self.console = Console(highlight=False, soft_wrap=True)
-        self.log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
-        self.metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        if self.metrics_file.tell() and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
-            self.metrics_file.write("\n")  # a kill left half a line: keep it, start a new one
+        self.folder = folder
         from tensorboardX import SummaryWriter  # here, so that reading a run's metrics doesn't need it
 
-        self.curves = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        with self._explained():
+            self.log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+            self.metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            if self.metrics_file.tell() and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
+                self.metrics_file.write("\n")  # a kill left half a line: keep it, start a new one
+            self.curves = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -58,21 +63,33 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.curves.close()
-        self.metrics_file.close()
-        self.log_file.close()
+        for file in (self.curves, self.metrics_file, self.log_file):
+            with contextlib.suppress(OSError):  # lines are written as they come: a failed one has been told
+                file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.folder} could not be written: {reason(error)}") from error
 
     def say(self, *lines: str) -> None:
         for line in lines:
             self.console.print(line, markup=False)
-            self.log_file.write(line + "\n")
+            with self._explained():
+                self.log_file.write(line + "\n")
         if not self.console.is_terminal:
             sys.stdout.flush()
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
-        self.metrics_file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.curves.add_scalar(f"{kind}/{name}", value, step)
+        """A line of metrics.jsonl (a value that is not finite becomes null there) and points of TensorBoard's curves."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self._explained():
+            self.metrics_file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+            for name, value in finite.items():
+                if value is not None:
+                    self.curves.add_scalar(f"{kind}/{name}", value, step)
 
     def start_clock(self) -> None:
         """Start (or, after an evaluation or save, restart) timing, so that throughput counts training alone."""

@@ -66,8 +66,8 @@ class RunFolder:
         self._lock_file.flush()
 
     def _match(self, config: Config, allow: frozenset[str]) -> None:
-        """Keep the config of a new run; hold a resumed one to its own."""
-        if self.config_file.exists():
+        """Keep the config of a new run; hold one that has trained to its own."""
+        if self.config_file.exists() and self._has_trained():
             try:
                 saved = from_json(self.config_file.read_text())
             except ConfigError as error:
@@ -88,6 +88,13 @@ class RunFolder:
                 )
         self.write("config.json", to_json(config))
 
+    def _has_trained(self) -> bool:
+        """Whether there is anything to protect: a run that stopped before its first step may still change its mind."""
+        metrics, checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        return (metrics.exists() and metrics.stat().st_size > 0) or (
+            checkpoints.is_dir() and any(checkpoints.iterdir())
+        )
+
     def write(self, name: str, text: str) -> None:
         """Replace a small file in one step, so that a kill leaves the old or the new one, never half of it."""
         temporary = self.path / f".{name}.partial"
@@ -97,7 +104,7 @@ class RunFolder:
     def check_data(self, manifest: dict, allowed: bool) -> None:
         """Keep the data manifest of a new run; refuse a resume on other data, naming what changed."""
         file = self.path / "data_manifest.json"
-        if file.exists():
+        if file.exists() and self._has_trained():
             saved = json.loads(file.read_text())
             if saved["hash"] != manifest["hash"] and not allowed:
                 raise DataError(

@@ -39,5 +39,5 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss, gradient = jax.value_and_grad(task.loss)(state.model, batch, key)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient), "learning_rate": schedule(state.step)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
     return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics

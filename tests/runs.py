@@ -1,0 +1,70 @@
+"""Small runs as a user starts them, for the tests that need whole processes."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from trainer.run_folder import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = {
+    "griffin-tiny": "--model.width 32 --model.rnn_width 32 --model.mlp_width 64 --model.depth 4 --model.window 16 "
+    "--data.sequence_length 64",
+    "gemma-tiny": "--model.width 32 --model.head_dim 16 --model.mlp_width 64 --model.depth 7 --model.window 16 "
+    "--data.sequence_length 64",
+    "nfnet-tiny": "--model.widths 32,32,32,32 --model.head_width 32 --model.dropout 0.1 --model.stochastic_depth 0.1",
+}
+
+
+def train_command(name: str, run: pathlib.Path, *overrides: str) -> list[str]:
+    """`podwright train NAME --run RUN` with a model that compiles in seconds."""
+    common = "--data.batch_size 8 --eval.batches 1 --trainer.log_every 1"
+    words = [*SMALL[name].split(), *common.split(), *overrides]
+    return [sys.executable, "-m", "launch", "train", name, "--run", str(run), *words]
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"} | options.pop("env", {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def finish(command: list[str], **options) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command run to its end."""
+    process = start(command, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def signal_at(
+    process: subprocess.Popen, run: pathlib.Path, step: int, number: signal.Signals, kind: str = "train"
+) -> None:
+    """Send a signal once a record of this kind is logged for `step` or a later one."""
+    while process.poll() is None:
+        if (run / "metrics.jsonl").exists() and max(read_metrics(run, kind), default=0) >= step:
+            process.send_signal(number)
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"ended before step {step}: {process.communicate()}")
+
+
+def saved_arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its slash-joined name on disk, read with orbax alone."""
+    with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
+        tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+
+    def flatten(node, path):
+        if isinstance(node, dict):
+            for key, child in node.items():
+                yield from flatten(child, [*path, key])
+        else:
+            yield "/".join(path), np.asarray(node)
+
+    return dict(flatten(tree, []))
