@@ -326,7 +326,10 @@ class TrainerConfig(Section):
     seed: int = setting(0, "initialisation and dropout", low=0, changes=_MATH)
     compute_dtype: str = setting("float32", "dtype of matrix products", choices=("float32", "bfloat16"), changes=_MATH)
     remat: str = setting(
-        "none", "'layer' recomputes each layer in the backward pass", choices=("none", "layer"), changes=("recompile",)
+        "none",
+        "what the backward pass recomputes: 'none' of a layer, all but its matrix products ('dots'), or the 'layer'",
+        choices=("none", "dots", "layer"),
+        changes=("recompile",),
     )
     log_every: int = setting(10, "steps between printed lines; the metrics file has every step", low=1)
     compilation_cache: str = setting("~/.cache/podwright/xla", "folder of compiled programs; empty for none")
@@ -362,6 +365,11 @@ class Config:
             raise ConfigError(
                 f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
                 f"{self.model.kind} trains on {'images' if image else 'text'}"
+            )
+        if image and self.trainer.remat == "dots":
+            raise ConfigError(
+                f"{self.trainer.show('remat')} contradicts model.kind={self.model.kind!r}: "
+                f"only language models know it, 'none' and 'layer' are for all"
             )
 
 

@@ -154,20 +154,27 @@ class Stack(nnx.Module):
         tail = list(zip(names, pattern, strict=True))[: depth % len(pattern)]
         self.tail = nnx.Dict({name: make(kind, init.scope("tail").scope(name)) for name, kind in tail})
 
-    def __call__(self, x: jax.Array, *context, remat: bool = False) -> jax.Array:
-        def apply(layer, x):
-            return layer(x, *context)
+    def __call__(self, x: jax.Array, *context, remat: str = "none") -> jax.Array:
+        """`remat`: what the backward pass recomputes: "none" of a layer, all but its matrix products ("dots"), the "layer"."""
 
-        if remat:
-            apply = jax.checkpoint(apply)
+        def rematted(in_scan: bool) -> Callable:
+            def apply(layer, x):
+                return layer(x, *context)
+
+            if remat == "none":
+                return apply
+            saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+            # A scan's backward pass is a loop of its own: XLA cannot merge it with the forward pass and need not be kept
+            # from trying, which would cost fusions.
+            return jax.checkpoint(apply, policy=saved, prevent_cse=not in_scan)
 
         def group(x, layers):
             for place, kind in enumerate(self.pattern):
-                x = apply(layers[f"{kind}_{place}"], x)
+                x = rematted(in_scan=True)(layers[f"{kind}_{place}"], x)
             return x, None
 
         if self.num_groups:
             x, _ = lax.scan(group, x, self.groups)
         for place, kind in enumerate(self.pattern[: len(self.tail)]):
-            x = apply(self.tail[f"{kind}_{place}"], x)
+            x = rematted(in_scan=False)(self.tail[f"{kind}_{place}"], x)
         return x

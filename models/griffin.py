@@ -30,7 +30,7 @@ class Griffin(nnx.Module):
         self.final_norm = init.param("final_norm", (config.width,), (None,), zeros)
 
     def __call__(
-        self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: bool = False
+        self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: str = "none"
     ) -> jax.Array:
         """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding."""
         model = cast_kernels(self, dtype)

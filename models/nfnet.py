@@ -297,11 +297,11 @@ class NFNet(nnx.Module):
         self.head = Dense(init.scope("head"), config.head_width, config.num_classes, head_axes, normal(0.01**2))
 
     def __call__(
-        self, images: jax.Array, *, dtype=jnp.float32, dropout_key: jax.Array | None = None, remat: bool = False
+        self, images: jax.Array, *, dtype=jnp.float32, dropout_key: jax.Array | None = None, remat: str = "none"
     ) -> jax.Array:
         """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped.
 
-        `remat` recomputes each block in the backward pass.
+        `remat` of "layer" recomputes each block in the backward pass.
         """
         config = self.config
         x = images.astype(dtype)
@@ -312,7 +312,7 @@ class NFNet(nnx.Module):
         for plan, key in zip(plans, keys, strict=False):
             stage, block = plan.name
             run = self.stages[stage][block]
-            x = (jax.checkpoint(run) if remat else run)(x, key)
+            x = (jax.checkpoint(run) if remat == "layer" else run)(x, key)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if keys[-1] is not None and config.dropout:

@@ -257,7 +257,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number):
     command = train_command(NAME, tmp_path / "run", "--trainer.steps", "2000", "--checkpoint.every", "1000")
     process = start(command)
     signal_at(process, tmp_path / "run", 3, number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     told = err.strip().splitlines()
     assert len(told) == 1
@@ -271,7 +271,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number):
 @pytest.mark.multiprocess
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path):
     overrides = ["--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0", "--optimizer.warmup_steps", "0"]
-    code, out, err = finish(train_command(NAME, tmp_path / "run", *overrides, "--checkpoint.every", "1"))
+    code, _, err = finish(train_command(NAME, tmp_path / "run", *overrides, "--checkpoint.every", "1"))
     assert code == 5, err
     assert err.startswith("podwright: ")
     assert err.count("\n") == 1

@@ -198,7 +198,8 @@ def post_norm_after_residual(block, x, segment_pos):
 
 
 def cap_after_mask(q, k, v, mask, spec, soft_cap):
-    k, v = (jnp.repeat(t, q.shape[2] // k.shape[2], axis=2) for t in (k, v))
+    heads = spec("batch", "seq", "heads", None)
+    k, v = (jax.sharding.reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
     scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k), models.blocks.MASKED)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(soft_cap * jnp.tanh(scores / soft_cap)), v)
 
@@ -296,9 +297,11 @@ def test_gradients_equal_the_oracles_and_remat_changes_none(build):
         return jnp.sum(logits * jnp.asarray(weight, jnp.float32)[None])
 
     model = build("gemma3 4b")
-    plain, again = (named_leaves(jax.jit(jax.grad(loss), static_argnums=1)(model, remat)) for remat in (False, True))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, *others = (named_leaves(gradient(model, remat)) for remat in ("none", "dots", "layer"))
     for k, name in enumerate(values):
-        np.testing.assert_allclose(plain[name], again[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        for again in others:
+            np.testing.assert_allclose(plain[name], again[name], rtol=1e-4, atol=1e-5, err_msg=name)
         direction = np.random.default_rng(k).normal(size=values[name].shape)
         up, down = ({**values, name: values[name] + step * direction} for step in (1e-5, -1e-5))
         slope = np.sum(weight * (oracle(config, up, tokens[0]) - oracle(config, down, tokens[0]))) / 2e-5

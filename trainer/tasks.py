@@ -41,7 +41,7 @@ def language_modelling(config: Config) -> Task:
     """Next-token prediction; judged by bits per byte, which no choice of tokenizer can flatter."""
     family, data, trainer = FAMILIES[config.model.kind], config.data, config.trainer
     assert isinstance(data, TextData)
-    dtype, remat = jnp.dtype(trainer.compute_dtype), trainer.remat == "layer"
+    dtype, remat = jnp.dtype(trainer.compute_dtype), trainer.remat
 
     def token_losses(model, batch: Batch) -> jax.Array:
         logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat)
@@ -85,7 +85,7 @@ def image_classification(config: Config) -> Task:
     dtype = jnp.dtype(config.trainer.compute_dtype)
 
     def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
-        logits = model(batch["images"], dtype=dtype, dropout_key=key)
+        logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=config.trainer.remat)
         smooth = data.label_smoothing
         target = cross_entropy(logits, batch["labels"])
         uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)

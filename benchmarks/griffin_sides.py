@@ -1,0 +1,153 @@
+"""The two Griffins that `benchmarks.step` compares: same parameters, same batch, each in its own natural form."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from configs.griffin import tiny
+from configs.schema import Config, GriffinConfig, TextData
+from models.params import named_leaves
+from sharding.mesh import one_device_mesh
+from sharding.rules import Rules
+from trainer.checkpoint import concrete
+from trainer.tasks import make_task
+
+WARM_UP, STEPS = 2, 8
+# The reference's names of a block's parameters, piece by piece, and ours.
+RENAMED = (
+    ("temporal_pre_norm/scale", "temporal_norm"),
+    ("channel_pre_norm/scale", "mlp_norm"),
+    ("mlp_block/ffw_", "mlp/"),
+    ("attention_block/proj_final", "mixer/out"),
+    ("attention_block/proj_", "mixer/"),
+    ("recurrent_block/", "mixer/"),
+    ("conv_1d/w", "conv_taps"),
+    ("conv_1d/b", "conv_bias"),
+    ("rg_lru/", ""),
+)
+Batch = dict[str, np.ndarray]
+Side = tuple[Any, Callable[[Any, Batch], jax.Array]]  # parameters, loss(parameters, batch)
+
+
+def measure(side: str) -> None:
+    """Print the figures of "podwright" or "recurrentgemma" as JSON."""
+    config = tiny()
+    batch = random_batch(config)
+    with jax.set_mesh(one_device_mesh()):
+        parameters, loss = {"podwright": ours, "recurrentgemma": reference}[side](config)
+        start = time.perf_counter()
+        program = jax.jit(jax.value_and_grad(loss)).lower(parameters, batch).compile()
+        compile_seconds = time.perf_counter() - start
+        wall, cpu = [], []
+        for _ in range(WARM_UP + STEPS):
+            start, used = time.perf_counter(), time.process_time()
+            value, gradient = jax.block_until_ready(program(parameters, batch))
+            wall.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - used)
+    memory = program.memory_analysis()
+    assert memory
+    rows, length = batch["tokens"].shape
+    figures = {
+        "tokens_per_second": rows * length / statistics.median(wall[WARM_UP:]),
+        "cpu_seconds": statistics.median(cpu[WARM_UP:]),
+        "compile_seconds": compile_seconds,
+        "temporary_mib": memory.temp_size_in_bytes / 2**20,
+        "loss": float(value),
+        "grad_norm": float(optax.tree.norm(gradient)),
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)),
+        "rows": rows,
+        "length": length,
+    }
+    print(json.dumps(figures))
+
+
+def random_batch(config: Config) -> Batch:
+    """One document a row; which tokens they are makes no difference to speed."""
+    data, model = config.data, config.model
+    assert isinstance(data, TextData)
+    assert isinstance(model, GriffinConfig)
+    shape = (data.batch_size, data.sequence_length)
+    rng = np.random.default_rng(0)
+    tokens, targets = (rng.integers(model.vocab_size, size=shape).astype(np.int32) for _ in range(2))
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return {"tokens": tokens, "targets": targets, "segment_pos": positions, "weights": np.ones(shape, np.float32)}
+
+
+def ours(config: Config) -> Side:
+    """As the trainer calls it."""
+    task = make_task(config)
+    shapes = jax.eval_shape(lambda key: task.init(key, Rules().spec), jax.random.key(0))
+    layout = concrete(shapes, jax.sharding.get_mesh())
+    values = our_values(config.model, named_leaves(reference(config)[0]))
+    placed = [
+        jax.device_put(values.pop(name).reshape(leaf.shape), leaf.sharding)
+        for name, leaf in named_leaves(layout).items()
+    ]
+    assert not values, f"no place for {', '.join(values)}"
+    model = jax.tree.unflatten(jax.tree.structure(shapes), placed)
+    return model, lambda model, batch: task.loss(model, batch, jax.random.key(0))
+
+
+def reference(config: Config) -> Side:
+    """As its documentation calls it; it has one number for attention heads and gate blocks."""
+    from recurrentgemma import common
+    from recurrentgemma.jax import Griffin
+
+    model, trainer = config.model, config.trainer
+    assert isinstance(model, GriffinConfig)
+    assert model.num_heads == model.num_gate_blocks
+    kinds = {"rec": common.TemporalBlockType.RECURRENT, "attn": common.TemporalBlockType.ATTENTION}
+    theirs = common.GriffinConfig(
+        vocab_size=model.vocab_size,
+        width=model.width,
+        mlp_expanded_width=model.mlp_width,
+        num_heads=model.num_heads,
+        block_types=tuple(kinds[model.pattern[i % len(model.pattern)]] for i in range(model.depth)),
+        embeddings_scale_by_sqrt_dim=model.embedding_scale,
+        attention_window_size=model.window,
+        logits_soft_cap=model.logits_soft_cap,
+        lru_width=model.rnn_width,
+    )
+    network = Griffin(theirs, gradient_checkpointing=False, dtype=jnp.dtype(trainer.compute_dtype))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    parameters = network.init(jax.random.key(0), tokens, tokens)["params"]
+
+    def loss(parameters: Any, batch: Batch) -> jax.Array:
+        logits, _ = network.apply({"params": parameters}, batch["tokens"], batch["segment_pos"], return_cache=False)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
+
+    return parameters, loss
+
+
+def our_values(model: Any, theirs: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """The reference's parameters by our names, the layers of a scanned group stacked."""
+    assert model.depth % len(model.pattern) == 0, "a tail of unscanned layers is not handled here"
+    found: dict[str, list[np.ndarray]] = {}
+    for i in range(model.depth):
+        place = i % len(model.pattern)
+        for name, value in theirs.items():
+            block, _, rest = name.partition("/")
+            if block == f"blocks.{i}":
+                array = np.asarray(value)
+                array = array.swapaxes(0, 1) if rest.endswith("ffw_up/w") else array  # ours is (D 2 F)
+                found.setdefault(f"layers/groups/{model.pattern[place]}_{place}/{our_name(rest)}", []).append(array)
+    outer = {"embedding/table": "embedder/input_embedding", "final_norm": "final_norm/scale"}
+    return {name: np.stack(layers) for name, layers in found.items()} | {
+        name: np.asarray(theirs[other]) for name, other in outer.items()
+    }
+
+
+def our_name(theirs: str) -> str:
+    for old, new in RENAMED:
+        theirs = theirs.replace(old, new)
+    stem, _, leaf = theirs.rpartition("/")
+    leaf = {"w": "kernel", "b": "bias"}.get(leaf, leaf)
+    return f"{stem}/{leaf}" if stem else leaf
