@@ -12,6 +12,7 @@ import sys
 import time
 
 RULE = "-" * 100
+COMPARED_BATCHES = 64  # of held-out data; all of it would take minutes
 
 
 def main(argv: list[str]) -> int:
@@ -95,11 +96,13 @@ def repeated(run: pathlib.Path, before: dict[int, dict], after: dict[int, dict])
 
 def comparison(run: pathlib.Path, config) -> str:
     """Held-out bits per byte of the run, gzip -9, xz -9 and the corpus' own bigram entropy, as a table."""
+    from data import open_data
     from data.text import bigram_entropy, held_out_bytes
     from launch.evaluate import evaluate_run
 
-    held_out = held_out_bytes(config.data)
-    step, metrics = evaluate_run(str(run))
+    batches = open_data(config.data).held_out_batches(COMPARED_BATCHES)
+    held_out = held_out_bytes(config.data)[: sum(int(batch["target_bytes"].sum()) for batch in batches)]
+    step, metrics = evaluate_run(str(run), COMPARED_BATCHES)
     rows = [
         (f"griffin-tiny after {step} steps", metrics["bits_per_byte"]),
         ("their own bigram entropy", bigram_entropy(held_out)),

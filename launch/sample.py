@@ -25,6 +25,7 @@ def continuation(run: str, prompt: str, num_tokens: int, temperature: float, see
     """Yields pieces of text as they are drawn. Raises ConfigError for bad options or a run that isn't of text."""
     from configs.schema import ConfigError, TextData
     from trainer.evaluate import load_model, read_config
+    from trainer.run_folder import read_manifest
 
     config = read_config(run)
     if not isinstance(config.data, TextData):
@@ -41,7 +42,7 @@ def continuation(run: str, prompt: str, num_tokens: int, temperature: float, see
     from models.decode import generate
     from sharding.mesh import one_device_mesh
 
-    tokenizer = open_tokenizer(config.data)
+    tokenizer = open_tokenizer(config.data, read_manifest(run))
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         model, _ = load_model(run, config, mesh)

@@ -36,10 +36,10 @@ def start(command: list[str], **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
 
-def finish(command: list[str], **options) -> tuple[int, str, str]:
+def finish(command: list[str], timeout: float = 600, **options) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command run to its end."""
     process = start(command, **options)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 

@@ -105,7 +105,7 @@ class RunFolder:
         """Keep the data manifest of a new run; refuse a resume on other data, naming what changed."""
         file = self.path / "data_manifest.json"
         if file.exists() and self._has_trained():
-            saved = json.loads(file.read_text())
+            saved = read_manifest(self.path)
             if saved["hash"] != manifest["hash"] and not allowed:
                 raise DataError(
                     f"the data of {self.path} changed since it was started ({changed_entries(saved, manifest)}): "
@@ -130,6 +130,15 @@ def changed_entries(saved: dict, now: dict) -> str:
         )
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def read_manifest(run: str | pathlib.Path) -> dict:
+    """What the data of a run was. Raises StorageError if the run never got as far as its data."""
+    file = pathlib.Path(run).expanduser() / "data_manifest.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise StorageError(f"{file} cannot be read: {reason(error)}") from None
 
 
 def read_metrics(run: str | pathlib.Path, kind: str) -> dict[int, dict]:
