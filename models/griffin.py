@@ -11,11 +11,9 @@ from flax import nnx
 from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
-from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, einsum_float32, rms_norm, rope
+from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
 from models.params import Init, cast_kernels, normal, zeros
-from models.scan import linear_scan
-
-RECURRENCE_SHARPNESS = 8.0  # the paper's c: a = rho ** (c * r)
+from models.rg_lru import rg_lru_scan
 
 
 class Griffin(nnx.Module):
@@ -90,12 +88,12 @@ class Recurrence(nnx.Module):
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         y = jax.nn.gelu(self.linear_y(x))
         u = causal_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos)
-        h = rg_lru(u, self.input_gate(u), self.a_gate(u), self.a_param[...], segment_pos)
-        return self.linear_out(h.astype(y.dtype) * y)
+        h = rg_lru(u, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
+        return self.linear_out(h * y)
 
 
 class BlockDiagonal(nnx.Module):
-    """(B T L) -> (B T L) in float32 by G dense blocks on the diagonal, so that gates never cross a device."""
+    """Parameters of G dense blocks on a diagonal, L -> L, so that gates never cross a device."""
 
     def __init__(self, init: Init, width: int, num_blocks: int):
         block = width // num_blocks
@@ -103,11 +101,6 @@ class BlockDiagonal(nnx.Module):
         self.kernel = init.param("kernel", (num_blocks, block, block), ("gate_blocks", None, None), normal(1 / width))
         self.bias = init.param("bias", (num_blocks, block), ("gate_blocks", None), zeros)
         self.spec = init.spec
-
-    def __call__(self, u: jax.Array) -> jax.Array:
-        blocks = u.reshape(*u.shape[:2], *self.bias.shape)
-        y = einsum_float32("btgi,gij->btgj", blocks, self.kernel[...], self.spec("batch", "seq", "gate_blocks", None))
-        return (y + self.bias[...][None, None]).reshape(u.shape)
 
 
 def ring(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -129,26 +122,21 @@ def causal_conv(u: jax.Array, taps: jax.Array, bias: jax.Array, segment_pos: jax
 
 
 def rg_lru(
-    u: jax.Array, input_gate: jax.Array, a_gate: jax.Array, a_param: jax.Array, segment_pos: jax.Array
+    u: jax.Array, input_gate: BlockDiagonal, a_gate: BlockDiagonal, a_param: jax.Array, segment_pos: jax.Array
 ) -> jax.Array:
-    """Real-gated linear recurrent unit (equations 1 to 4): h (B T L) in float32; gates are pre-activations (B T L)."""
-    log_a = -RECURRENCE_SHARPNESS * jax.nn.sigmoid(a_gate) * jax.nn.softplus(a_param)[None, None]
-    start = (segment_pos == 0)[:, :, None]
-    a = jnp.where(start, 0.0, jnp.exp(log_a))
-    multiplier = jnp.where(start, 1.0, sqrt_bounded_derivative(-jnp.expm1(2 * log_a)))
-    return linear_scan(a, multiplier * jax.nn.sigmoid(input_gate) * u.astype(jnp.float32))
-
-
-@jax.custom_jvp
-def sqrt_bounded_derivative(x: jax.Array) -> jax.Array:
-    """sqrt(x) whose derivative is cut at 1000: it is infinite at a = 1 (RecurrentGemma report, section 2)."""
-    return jnp.sqrt(x)
-
-
-@sqrt_bounded_derivative.defjvp
-def _sqrt_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return jnp.sqrt(x), dx * 0.5 * jax.lax.rsqrt(jnp.maximum(x, 1 / (4 * 1000.0**2)))
+    """The RG-LRU (B T L) on every device's own sequences and channels: no channel needs another, whole sequences do."""
+    spec = input_gate.spec
+    channels, blocks = spec("batch", None, "rnn"), spec("gate_blocks", None)
+    gate = (spec("gate_blocks", None, None), blocks)
+    scan = jax.shard_map(
+        lambda *arrays: rg_lru_scan(*arrays)[0],
+        in_specs=(channels, spec("batch", None), *gate, *gate, spec("rnn")),
+        out_specs=channels,
+        check_vma=False,  # Pallas kernels do not say over which mesh axes their results vary
+    )
+    parameters = [array[...] for gate in (input_gate, a_gate) for array in (gate.kernel, gate.bias)]
+    h = scan(reshard(u, channels), reshard(segment_pos, spec("batch", None)), *parameters, a_param)
+    return reshard(h, spec("batch", "seq", "rnn"))
 
 
 class LocalAttention(nnx.Module):

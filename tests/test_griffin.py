@@ -10,10 +10,10 @@ import pytest
 
 import models.blocks
 import models.griffin
+import models.rg_lru
 from configs.schema import GriffinConfig
 from models.griffin import Griffin
 from models.params import Init, named_leaves
-from models.scan import _associative, _sequential, linear_scan
 from sharding.rules import Rules
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "griffin.json").read_text())
@@ -171,7 +171,7 @@ def test_gradients_of_every_parameter_equal_the_reference(golden_model):
     "trap",
     [
         lambda m: m.setattr(models.griffin, "embedding_scale", lambda width: np.float32(width**0.5 * 1.01)),
-        lambda m: m.setattr(models.griffin, "RECURRENCE_SHARPNESS", 1.0),
+        lambda m: m.setattr(models.rg_lru, "SHARPNESS", 1.0),
         lambda m: m.setattr(models.griffin, "rms_norm", lambda x, s: models.blocks.rms_norm(x, s - 1)),
         lambda m: m.setattr(
             models.griffin, "attention_mask", lambda p, left: models.blocks.attention_mask(p, left - 1)
@@ -244,38 +244,6 @@ def test_bfloat16_stays_near_float32(golden_model):
     rough = run(golden_model, tokens, positions, jnp.bfloat16)
     assert rough.dtype == jnp.float32
     assert float(jnp.std(rough - exact) / jnp.std(exact)) < 0.03
-
-
-@pytest.mark.parametrize(
-    "scan", [linear_scan, lambda a, x: _associative(a, x, False), lambda a, x: _sequential(a, x, False)]
-)
-def test_linear_scan_and_its_gradient_equal_a_float64_loop(scan):
-    rng = np.random.default_rng(0)
-    a, x = rng.uniform(0, 1, (2, 13, 3)), rng.normal(size=(2, 13, 3))
-    a[:, [0, 5]] = 0
-    weight = rng.normal(size=x.shape)
-
-    def loop(a, x):
-        h, out = np.zeros((2, 3)), []
-        for t in range(13):
-            h = a[:, t] * h + x[:, t]
-            out.append(h)
-        return np.stack(out, 1)
-
-    def numeric(which, index, eps=1e-6):
-        up, down = [a.copy(), x.copy()], [a.copy(), x.copy()]
-        up[which][index] += eps
-        down[which][index] -= eps
-        return (np.sum(weight * loop(*up)) - np.sum(weight * loop(*down))) / (2 * eps)
-
-    a32, x32 = jnp.asarray(a, jnp.float32), jnp.asarray(x, jnp.float32)
-    np.testing.assert_allclose(scan(a32, x32), loop(a, x), atol=1e-5)
-    da, dx = jax.jit(jax.grad(lambda a, x: jnp.sum(jnp.asarray(weight, jnp.float32) * scan(a, x)), argnums=(0, 1)))(
-        a32, x32
-    )
-    for index in np.ndindex(a.shape):
-        assert float(da[index]) == pytest.approx(numeric(0, index), abs=1e-4)
-        assert float(dx[index]) == pytest.approx(numeric(1, index), abs=1e-4)
 
 
 def test_published_sizes_have_the_published_number_of_parameters(one_device):
