@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.tables import machine, publish, table
 
@@ -65,6 +66,9 @@ NOTES = """
   longer of bytes and FLOPs at the data sheet's peaks, which flatters whatever is left to XLA. A comparison of programs,
   not a prediction.
 """.strip()
+
+
+IMPLEMENTATIONS: dict[str, Any] = {"ours": "tpu", "associative": "associative", "lax.scan": "sequential"}
 
 
 def main() -> None:
@@ -198,13 +202,13 @@ def programs(side: str):
             # 8 x 128 channels by 256 steps a program; the first step of a block stands outside its loop.
             steps = batch * -(-width // 1024) * length // 256
             return lambda a, x: lru_pallas_scan(x, a)[0], (big, big), [Kernel(steps, 255, 3 * size, False)] * 2
-        grid = linear_tpu.Grid(big, against_time=False)
-        steps, chunks = batch * grid.shape[1] * grid.blocks, grid.rows // linear_tpu.CHUNK
+        walk = linear_tpu.Grid(big, against_time=False)  # type: ignore[arg-type]
+        steps, chunks = batch * walk.shape[1] * walk.blocks, walk.rows // linear_tpu.CHUNK
         kernels = [
             Kernel(steps, chunks, 3 * size, True),
             Kernel(steps, chunks, 5 * size, True),
         ]
-        how = {"ours": "tpu", "associative": "associative", "lax.scan": "sequential"}[name]
+        how = IMPLEMENTATIONS[name]
         scan = lambda a, x: linear_scan(a, x, implementation=how)[0]  # noqa: E731
         return scan, (big, big), kernels if how == "tpu" else []
     gate = [
@@ -215,7 +219,7 @@ def programs(side: str):
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     if name == "recurrentgemma":
         return peer_block(arguments, positions, size)
-    grid = rg_lru_tpu.Grid(big, gate[0], against_time=False)
+    grid = rg_lru_tpu.Grid(big, gate[0], against_time=False)  # type: ignore[arg-type]
     steps, pairs = grid.shape[0] * grid.shape[1] * grid.shape[2], grid.rows // rg_lru_tpu.GROUP // 2
     kernels = [
         Kernel(steps, pairs, 2 * size, True),
