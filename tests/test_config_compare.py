@@ -24,7 +24,7 @@ def run(command, *argv):
 
 
 CHANGES = [
-    ("--checkpoint.every 7", "checkpoint.every", 100, 7, "free to change"),
+    ("--checkpoint.every 7", "checkpoint.every", 50, 7, "free to change"),
     ("--mesh.fsdp 2", "mesh.fsdp", 1, 2, "recompiles"),
     ("--data.seed 1", "data.seed", 0, 1, "changes the data order, changes the result"),
     ("--optimizer.eps 1e-6", "optimizer.eps", 1e-8, 1e-6, "recompiles, changes the result"),
