@@ -24,7 +24,7 @@ def run(command, *argv):
 
 
 CHANGES = [
-    ("--checkpoint.every 7", "checkpoint.every", 50, 7, "free to change"),
+    ("--checkpoint.every 7", "checkpoint.every", 100, 7, "free to change"),
     ("--mesh.fsdp 2", "mesh.fsdp", 1, 2, "recompiles"),
     ("--data.seed 1", "data.seed", 0, 1, "changes the data order, changes the result"),
     ("--optimizer.eps 1e-6", "optimizer.eps", 1e-8, 1e-6, "recompiles, changes the result"),
@@ -86,7 +86,7 @@ def test_config_prints_value_source_and_help_of_each_field(capsys):
 
 def test_config_prints_extra_lines_below_its_header(capsys):
     config_commands.config(["griffin-tiny"], extra_lines=lambda config: [f"{config.model.width} wide"])
-    assert capsys.readouterr().out.splitlines()[1] == "192 wide"
+    assert capsys.readouterr().out.splitlines()[1] == "128 wide"
 
 
 def test_config_as_json_loads_back(capsys):
