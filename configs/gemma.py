@@ -1,6 +1,6 @@
 """Gemma experiments. The first line of a docstring is what `podwright configs` prints."""
 
-from configs.schema import CheckpointConfig, Config, GemmaConfig, TextData, TrainerConfig
+from configs.schema import Config, GemmaConfig, TextData, TrainerConfig
 
 
 def tiny() -> Config:
@@ -9,6 +9,5 @@ def tiny() -> Config:
         name="gemma-tiny",
         model=GemmaConfig(),
         data=TextData(),
-        trainer=TrainerConfig(steps=200, remat="dots"),
-        checkpoint=CheckpointConfig(every=50),
+        trainer=TrainerConfig(remat="dots"),
     )

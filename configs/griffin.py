@@ -1,6 +1,6 @@
 """Griffin experiments. The first line of a docstring is what `podwright configs` prints."""
 
-from configs.schema import CheckpointConfig, Config, GriffinConfig, TextData, TrainerConfig
+from configs.schema import Config, GriffinConfig, TextData, TrainerConfig
 
 
 def tiny() -> Config:
@@ -9,6 +9,5 @@ def tiny() -> Config:
         name="griffin-tiny",
         model=GriffinConfig(),
         data=TextData(),
-        trainer=TrainerConfig(steps=200, remat="dots"),
-        checkpoint=CheckpointConfig(every=50),
+        trainer=TrainerConfig(remat="dots"),
     )

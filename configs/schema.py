@@ -116,16 +116,16 @@ class GriffinConfig(Section):
     section: ClassVar[str] = "model"
     kind: ClassVar[str] = "griffin"
     vocab_size: int = setting(264, "rows of the embedding table", low=2, changes=_ARCH)
-    width: int = setting(192, "model width D", low=1, changes=_ARCH)
+    width: int = setting(128, "model width D", low=1, changes=_ARCH)
     depth: int = setting(6, "residual blocks N", low=1, changes=_ARCH)
-    rnn_width: int = setting(256, "recurrence width L", low=1, changes=_ARCH)
-    mlp_width: int = setting(576, "hidden width F of one MLP branch (3 D in the paper)", low=1, changes=_ARCH)
+    rnn_width: int = setting(128, "recurrence width L", low=1, changes=_ARCH)
+    mlp_width: int = setting(384, "hidden width F of one MLP branch (3 D in the paper)", low=1, changes=_ARCH)
     num_heads: int = setting(4, "query heads of the local attention (one key-value head)", low=1, changes=_ARCH)
     num_gate_blocks: int = setting(4, "diagonal blocks of the RG-LRU gates", low=1, changes=_ARCH)
     pattern: tuple[str, ...] = setting(
         ("rec", "rec", "attn"), "block kinds, repeated and cut at depth", choices=("rec", "attn"), changes=_ARCH
     )
-    window: int = setting(128, "a query sees itself and this many earlier tokens", low=1, changes=_MATH)
+    window: int = setting(64, "a query sees itself and this many earlier tokens", low=1, changes=_MATH)
     conv_width: int = setting(4, "taps of the causal convolution", low=1, changes=_ARCH)
     embedding_scale: bool = setting(False, "multiply embeddings by sqrt(D) (RecurrentGemma)", changes=_MATH)
     logits_soft_cap: float = setting(0.0, "c of c*tanh(logits/c); 0 for none", low=0, changes=_MATH)
@@ -148,19 +148,19 @@ class GemmaConfig(Section):
     section: ClassVar[str] = "model"
     kind: ClassVar[str] = "gemma"
     vocab_size: int = setting(264, "rows of the embedding table", low=2, changes=_ARCH)
-    width: int = setting(192, "model width D", low=1, changes=_ARCH)
+    width: int = setting(128, "model width D", low=1, changes=_ARCH)
     depth: int = setting(6, "residual blocks L", low=1, changes=_ARCH)
     num_heads: int = setting(4, "query heads N", low=1, changes=_ARCH)
     num_kv_heads: int = setting(2, "key-value heads K", low=1, changes=_ARCH)
-    head_dim: int = setting(48, "features of one head H", low=2, changes=_ARCH)
-    mlp_width: int = setting(576, "hidden width F of one MLP branch", low=1, changes=_ARCH)
+    head_dim: int = setting(32, "features of one head H", low=2, changes=_ARCH)
+    mlp_width: int = setting(384, "hidden width F of one MLP branch", low=1, changes=_ARCH)
     pattern: tuple[str, ...] = setting(
         ("local", "local", "local", "local", "local", "global"),
         "attention kinds, repeated and cut at depth",
         choices=("local", "global"),
         changes=_ARCH,
     )
-    window: int = setting(128, "keys a local query sees, itself included", low=1, changes=_MATH)
+    window: int = setting(64, "keys a local query sees, itself included", low=1, changes=_MATH)
     query_scale: float = setting(0.0, "factor on queries; 0 means head_dim**-0.5", low=0, changes=_MATH)
     qk_norm: bool = setting(True, "RMSNorm on queries and keys (Gemma 3)", changes=_ARCH)
     post_norm: bool = setting(True, "RMSNorm on each sub-layer's output (Gemma 2 and 3)", changes=_ARCH)
@@ -239,7 +239,7 @@ class TextData(Section):
         "bytes", "'bytes', 'sentencepiece:N' (trained on the corpus) or a .model file", changes=(*_DATA, "checkpoint")
     )
     sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
-    batch_size: int = setting(16, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
+    batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
     held_out: float = setting(
         0.05, "share of documents kept for evaluation, by hash of their path", above=0, below=1, changes=_DATA
     )

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     heading("4. Continue a prompt")
     sample = ["sample", str(run), "--prompt", "def main(", "--tokens", "300"]
-    print(f"$ podwright {' '.join(sample)}")
+    print("$ " + shlex.join(["podwright", *sample]))
     from launch.cli import main as podwright
 
     return podwright(sample)

@@ -14,11 +14,13 @@ from trainer.run_folder import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = {
-    "griffin-tiny": "--model.width 32 --model.rnn_width 32 --model.mlp_width 64 --model.depth 4 --model.window 16 "
-    "--data.sequence_length 64",
-    "gemma-tiny": "--model.width 32 --model.head_dim 16 --model.mlp_width 64 --model.depth 7 --model.window 16 "
-    "--data.sequence_length 64",
-    "nfnet-tiny": "--model.widths 32,32,32,32 --model.head_width 32 --model.dropout 0.1 --model.stochastic_depth 0.1",
+    # A scanned group and one more layer each: what compiles soonest and still has every part.
+    "griffin-tiny": "--model.width 32 --model.rnn_width 32 --model.mlp_width 64 --model.window 16 --model.pattern rec,attn "
+    "--model.depth 3 --data.sequence_length 64",
+    "gemma-tiny": "--model.width 32 --model.head_dim 16 --model.mlp_width 64 --model.window 16 "
+    "--model.pattern local,global --model.depth 3 --data.sequence_length 64",
+    "nfnet-tiny": "--model.widths 32,32 --model.depths 1,2 --model.head_width 32 --model.dropout 0.1 "
+    "--model.stochastic_depth 0.1",
 }
 
 

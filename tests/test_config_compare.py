@@ -86,7 +86,7 @@ def test_config_prints_value_source_and_help_of_each_field(capsys):
 
 def test_config_prints_extra_lines_below_its_header(capsys):
     config_commands.config(["griffin-tiny"], extra_lines=lambda config: [f"{config.model.width} wide"])
-    assert capsys.readouterr().out.splitlines()[1] == "192 wide"
+    assert capsys.readouterr().out.splitlines()[1] == "128 wide"
 
 
 def test_config_as_json_loads_back(capsys):

@@ -55,14 +55,14 @@ COMMAND_LINES = [
     ("--model.pattern rec,atn", "model.pattern='atn' is not one of rec, attn, perhaps attn"),
     ("--mesh.sequence 2", "mesh.sequence=2 is not allowed: only 1 is"),
     # values that contradict each other
-    ("--model.num_heads 5", "model.num_heads=5 does not divide model.width=192: the nearest that does is 4"),
+    ("--model.num_heads 5", "model.num_heads=5 does not divide model.width=128: the nearest that does is 4"),
     (  # found at once, without counting to a billion
         "--model.width 1_000_000_000_001",
         "model.num_heads=4 does not divide model.width=1000000000001: the nearest that does is 1",
     ),
     (
-        "--model.num_heads 32",
-        "model.num_heads=32 gives heads of 6 features: rotary embedding of half a head needs a multiple of 4",
+        "--model.num_heads 64",
+        "model.num_heads=64 gives heads of 2 features: rotary embedding of half a head needs a multiple of 4",
     ),
     (
         "--mesh.fsdp -1",
@@ -193,7 +193,7 @@ def test_a_contradiction_with_a_file_says_which_field_is_from_it(tmp_path):
         (
             "model",
             {"kind": "griffin", "num_heads": 5},
-            "config.json: model.num_heads=5 does not divide model.width=192: the nearest that does is 4",
+            "config.json: model.num_heads=5 does not divide model.width=128: the nearest that does is 4",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
 
 
 def test_a_mistake_in_an_experiment_names_the_whole_path_too():
-    with pytest.raises(ConfigError, match=r"^model\.num_heads=5 does not divide model\.width=192"):
+    with pytest.raises(ConfigError, match=r"^model\.num_heads=5 does not divide model\.width=128"):
         GriffinConfig(num_heads=5)
 
 

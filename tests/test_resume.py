@@ -9,11 +9,12 @@ from runs import SMALL, finish, saved_arrays, signal_at, start, train_command
 from trainer.run_folder import read_metrics
 
 MESH = "--mesh.simulated_devices 8 --mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
-CASES = [(name, "") for name in SMALL] + [("griffin-tiny", MESH)]
+CASES = [pytest.param(name, "", id=name) for name in SMALL]
+CASES.append(pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow))
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("name", "mesh"), CASES, ids=[f"{n}{' on 8 devices' * bool(m)}" for n, m in CASES])
+@pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_a_killed_run_continues_bit_for_bit(tmp_path, name, mesh):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ["--trainer.steps", "40", "--checkpoint.every", "10", "--eval.every", "20", *mesh.split()]

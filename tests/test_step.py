@@ -21,9 +21,9 @@ from trainer.tasks import make_task
 
 MESHES = {
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
-    "replica 2, fsdp 4": MeshConfig(replica=2, data=1, fsdp=4),
 }
 MORE_MESHES = {
+    "replica 2, fsdp 4": MeshConfig(replica=2, data=1, fsdp=4),
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
     "data 4, tensor 2": MeshConfig(data=4, tensor=2),
