@@ -14,7 +14,9 @@ class Family:
     train_flops: Callable[..., float]  # (config, tokens a row or pixels a side) -> FLOPs a token or image
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool] = lambda name: True  # parameter name -> adaptive gradient clipping applies
-    init_state: Callable | None = None  # (config, batch, dtype, spec) -> what a model that samples token by token passes on
+    init_state: Callable | None = (
+        None  # (config, batch, dtype, spec) -> what a model that samples token by token passes on
+    )
 
 
 FAMILIES = {

@@ -192,7 +192,7 @@ class Stack(nnx.Module):
                 x, kept[name] = layers[name].step(x, states[name], *context)
             return x, kept
 
-        groups = {}
+        groups: dict = {}
         if self.num_groups:
             x, groups = lax.scan(lambda x, group: through(x, *group), x, (self.groups, states["groups"]))
         x, tail = through(x, self.tail, states["tail"])

@@ -50,9 +50,7 @@ def open_state(model: Any, batch: int, dtype: jnp.dtype, context: int) -> Any:
     return Context(jnp.zeros(shape, jnp.int32, out_sharding=rows), jnp.full(shape, -1, jnp.int32, out_sharding=rows))
 
 
-def advance(
-    model: Any, state: Any, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, Any]:
+def advance(model: Any, state: Any, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
     """Logits (B V) after the last of these tokens (B T), the same on every device, and the new state."""
     spec = model.embedding.spec
     if isinstance(state, Context):
@@ -126,7 +124,9 @@ def generate(
     for start in range(0, tokens.shape[1] - 1, CHUNK):
         chunk = slice(start, start + CHUNK)
         state = prefill(model, state, tokens[:, chunk], positions[:, chunk], dtype)
-    token, position, key = tokens[:, -1:], positions[:, -1:], jax.random.key(seed)
+    # Laid out as `step` returns it, or the second step would be compiled again.
+    token = reshard(jnp.asarray(tokens[:, -1:]), model.embedding.spec(None, None))
+    position, key = positions[:, -1:], jax.random.key(seed)
     running = np.ones(len(prompts), bool)
     for i in range(num_tokens):
         token, state = step(

@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, D model width, L recurrence width, G gate blocks, N heads, H head features, F MLP width.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,6 +14,7 @@ from configs.schema import GriffinConfig
 from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
 from models.params import Init, Spec, cast_kernels, normal, zeros
 from models.rg_lru import rg_lru_scan
+from models.scan import Implementation
 from models.state import KeyValues, RecurrenceState, State, advance, visible
 
 
@@ -171,9 +170,11 @@ def rg_lru(
     spec = input_gate.spec
     channels, row, blocks = spec("batch", None, "rnn"), spec("batch", "rnn"), spec("gate_blocks", None)
     gate = (spec("gate_blocks", None, None), blocks)
-    one_step = h0 is not None and u.shape[1] == 1  # of which there is nothing to scan
+    implementation: Implementation | None = None
+    if h0 is not None and u.shape[1] == 1:
+        implementation = "associative"  # of one step there is nothing to scan
     scan = jax.shard_map(
-        functools.partial(rg_lru_scan, implementation="associative" if one_step else None),
+        lambda *arrays: rg_lru_scan(*arrays, implementation=implementation),
         in_specs=(channels, spec("batch", None), *gate, *gate, spec("rnn"), *(() if h0 is None else (row,))),
         out_specs=(channels, row),
         check_vma=False,  # Pallas kernels do not say over which mesh axes their results vary
@@ -222,8 +223,8 @@ def ring_attention(q: jax.Array, ring: KeyValues, new: KeyValues, mask: jax.Arra
     The two parts are never joined, nor repeated for the query heads: that would copy the ring for every token.
     """
     parts, out = (ring, new), spec("batch", "heads", None, None)
-    scores = [jnp.einsum("btnh,bsh->bnts", q, part.keys[:, :, 0], out_sharding=out) for part in parts]
-    scores = jnp.where(mask[:, None], jnp.concatenate(scores, axis=-1).astype(jnp.float32), MASKED)
+    products = [jnp.einsum("btnh,bsh->bnts", q, part.keys[:, :, 0], out_sharding=out) for part in parts]
+    scores = jnp.where(mask[:, None], jnp.concatenate(products, axis=-1).astype(jnp.float32), MASKED)
     weights = jnp.split(jax.nn.softmax(scores, axis=-1).astype(q.dtype), [ring.keys.shape[1]], axis=-1)
     heads = spec("batch", "seq", "heads", None)
     old, own = (

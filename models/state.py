@@ -71,7 +71,7 @@ def init_state(config: GriffinConfig, batch: int, dtype: jnp.dtype, spec: Spec) 
             "groups": {name: layer(kind, num_groups) for name, kind in names if num_groups},
             "tail": {name: layer(kind, None) for name, kind in names[:rest]},
         },
-        index=jnp.zeros((), jnp.int32),
+        index=jnp.zeros((), jnp.int32, out_sharding=spec()),
         document=jnp.zeros((batch,), jnp.int32, out_sharding=spec("batch")),
         slots=jnp.full((batch, config.window), EMPTY, jnp.int32, out_sharding=spec("batch", None)),
     )
@@ -102,9 +102,9 @@ def write(ring: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.A
     if length == 1:  # decoding: one slot is overwritten in place
         return lax.dynamic_update_slice_in_dim(ring, new, index % window, axis)
     source = held(index + length, window) - index  # which new entry a slot gets; negative: it keeps its own
-    place = (slice(None),) * axis
-    taken = new.at[(*place, jnp.maximum(source, 0))].get(out_sharding=jax.typeof(ring).sharding.spec)
-    return jnp.where(jnp.expand_dims(source >= 0, [i for i in range(ring.ndim) if i != axis]), taken, ring)
+    place, sharding = (slice(None),) * axis, jax.typeof(ring).sharding
+    taken = new.at[(*place, jnp.maximum(source, 0))].get(out_sharding=sharding)
+    return jnp.where(lax.broadcast_in_dim(source >= 0, ring.shape, (axis,), out_sharding=sharding), taken, ring)
 
 
 def advance(state: State, layers: Any, documents: jax.Array) -> State:
@@ -126,7 +126,7 @@ def advance(state: State, layers: Any, documents: jax.Array) -> State:
 
 def state_bytes(state: State) -> int:
     """Bytes a sequence."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim) // state.document.size
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim) // state.document.size
 
 
 def transformer_bytes(config: GriffinConfig, length: int, dtype: jnp.dtype) -> int:
