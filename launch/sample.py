@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     check(options)
     prompts = [*options.prompt, *(read_prompt(file) for file in options.prompt_file)] or [""]
+    for prompt in prompts:
+        check_text(prompt)
     sampler = Sampler(options, prompts)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
@@ -64,6 +66,15 @@ def read_prompt(file: str) -> str:
         raise ConfigError(f"--prompt-file {file} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt-file {file} is not UTF-8 text: see its byte {error.start}") from None
+
+
+def check_text(prompt: str) -> None:
+    from configs.schema import ConfigError
+
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8 become lone surrogates
+        raise ConfigError(f"--prompt {prompt!r} is not UTF-8 text: see its character {error.start}") from None
 
 
 class Sampler:

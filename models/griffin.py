@@ -41,6 +41,7 @@ class Griffin(nnx.Module):
         """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding.
 
         With a state (see models/state.py) the tokens continue those it has seen, and (logits, new state) is returned.
+        Padding then belongs before a document: behind it, the state would have seen it.
         """
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
