@@ -208,8 +208,8 @@ def test_a_row_stops_at_eos_and_sampling_stops_with_the_last_row(model, short_ch
         end = min(end, stopped.shape[1])
         assert list(after[:end]) == list(before[:end])
         assert (after[end:] == ENDED).all()
-    alone = tokens_of(model, PROMPTS[:1], eos_id=eos)
-    assert alone.shape[1] == list(free[0]).index(eos) + 1
+    all_at_once = tokens_of(model, PROMPTS[:1] * 4, eos_id=eos)
+    assert all_at_once.shape[1] == list(free[0]).index(eos) + 1
 
 
 def test_ids_that_stand_for_nothing_are_never_drawn(model, short_chunks):
@@ -223,9 +223,9 @@ def test_no_prompt_is_an_error_in_one_sentence(model):
 
 def test_a_step_compiles_once_for_all_positions(model, short_chunks):
     before = models.decode.step._cache_size()
-    tokens_of(model, PROMPTS[:2], count=5, draw=Draw(0.123))
-    tokens_of(model, PROMPTS[2:], count=9, draw=Draw(0.123))
-    tokens_of(model, [TOKENS[0, :1]] * 2, count=3, draw=Draw(0.123))  # nothing to prefill
+    tokens_of(model, PROMPTS, count=5, draw=Draw(0.123))
+    tokens_of(model, [TOKENS[0]] * 4, count=9, draw=Draw(0.123))
+    tokens_of(model, [TOKENS[0, :1]] * 4, count=3, draw=Draw(0.123))  # nothing to prefill
     assert models.decode.step._cache_size() == before + 1
 
 
