@@ -29,6 +29,7 @@ types: .venv/test
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.first_minute
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.decode
 
 clean:
 	rm -rf .venv

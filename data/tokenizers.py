@@ -23,6 +23,7 @@ PROBE = " a  b\t\n\0\r\n é e\u0301 ﬁ ① 漢 🙂 "
 class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
+    eos_id: int | None  # ends a document, in models that were taught so; our own rows have no such token
     token_bytes: np.ndarray  # int32 [vocab_size]: bytes of UTF-8 a token stands for; 0 for control tokens
     fingerprint: str  # two tokenizers with one fingerprint give the same ids
 
@@ -40,6 +41,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     bos_id = 256
+    eos_id: int | None = None
     fingerprint = "bytes-1"
 
     def __init__(self) -> None:
@@ -71,6 +73,8 @@ class SentencePieceTokenizer:
         self.bos_id = self._model.bos_id()
         if self.bos_id < 0:
             raise ValueError("has no BOS token, which marks where a document starts")
+        eos = self._model.eos_id()
+        self.eos_id = eos if eos >= 0 else None
         self.model = model
         self.fingerprint = f"sentencepiece-{hashlib.sha256(model).hexdigest()}"
         self._spelling = [self._bytes_of(i) for i in range(self.vocab_size)]

@@ -49,7 +49,7 @@ def usage(command: Callable) -> int:
 
 
 def sample(argv: list[str]) -> int:
-    """continue a prompt: sample RUN --prompt TEXT"""
+    """continue prompts: sample RUN --prompt TEXT [--prompt TEXT ...]"""
     from launch.sample import main
 
     return main(argv)

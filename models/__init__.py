@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models import gemma, griffin, nfnet
+from models import gemma, griffin, nfnet, state
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,13 @@ class Family:
     train_flops: Callable[..., float]  # (config, tokens a row or pixels a side) -> FLOPs a token or image
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool] = lambda name: True  # parameter name -> adaptive gradient clipping applies
+    init_state: Callable | None = (
+        None  # (config, batch, dtype, spec) -> what a model that samples token by token passes on
+    )
 
 
 FAMILIES = {
-    "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays),
+    "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays, init_state=state.init_state),
     "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays),
     "nfnet": Family(nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips),
 }

@@ -178,3 +178,22 @@ class Stack(nnx.Module):
         for place, kind in enumerate(self.pattern[: len(self.tail)]):
             x = rematted(in_scan=False)(self.tail[f"{kind}_{place}"], x)
         return x
+
+    def step(self, x: jax.Array, states: dict, *context) -> tuple[jax.Array, dict]:
+        """Layers are called as `layer.step(x, its state, *context)` and return x and what they have to remember.
+
+        `states` and what comes back are laid out as the layers: {"groups": {name: ...}, "tail": {name: ...}}.
+        """
+
+        def through(x, layers, states):
+            kept = {}
+            for place, kind in enumerate(self.pattern[: len(layers)]):
+                name = f"{kind}_{place}"
+                x, kept[name] = layers[name].step(x, states[name], *context)
+            return x, kept
+
+        groups: dict = {}
+        if self.num_groups:
+            x, groups = lax.scan(lambda x, group: through(x, *group), x, (self.groups, states["groups"]))
+        x, tail = through(x, self.tail, states["tail"])
+        return x, {"groups": groups, "tail": tail}

@@ -11,9 +11,11 @@ from flax import nnx
 from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
-from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
-from models.params import Init, cast_kernels, normal, zeros
+from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
+from models.params import Init, Spec, cast_kernels, normal, zeros
 from models.rg_lru import rg_lru_scan
+from models.scan import Implementation
+from models.state import KeyValues, RecurrenceState, State, advance, visible
 
 
 class Griffin(nnx.Module):
@@ -28,16 +30,32 @@ class Griffin(nnx.Module):
         self.final_norm = init.param("final_norm", (config.width,), (None,), zeros)
 
     def __call__(
-        self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: str = "none"
-    ) -> jax.Array:
-        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding."""
+        self,
+        tokens: jax.Array,
+        segment_pos: jax.Array,
+        *,
+        dtype: jnp.dtype,
+        remat: str = "none",
+        state: State | None = None,
+    ) -> jax.Array | tuple[jax.Array, State]:
+        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding.
+
+        With a state (see models/state.py) the tokens continue those it has seen, and (logits, new state) is returned.
+        Padding then belongs before a document: behind it, the state would have seen it.
+        """
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         x = model.embedding(tokens)
         if self.config.embedding_scale:
             x = x * embedding_scale(self.config.width).astype(dtype)
-        x = model.layers(x, segment_pos, remat=remat)
-        return model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+        if state is None:
+            x = model.layers(x, segment_pos, remat=remat)
+        else:
+            documents, mask = visible(state, segment_pos, self.config.window)
+            x, layers = model.layers.step(x, state.layers, segment_pos, mask)
+            state = advance(state, layers, documents)
+        logits = model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+        return logits if state is None else (logits, state)
 
 
 def embedding_scale(width: int) -> np.ndarray:
@@ -68,6 +86,11 @@ class Block(nnx.Module):
         x = x + self.mixer(rms_norm(x, self.temporal_norm[...]), segment_pos)
         return x + self.mlp(rms_norm(x, self.mlp_norm[...]))
 
+    def step(self, x: jax.Array, state, segment_pos: jax.Array, mask: jax.Array):
+        h, state = self.mixer.step(rms_norm(x, self.temporal_norm[...]), state, segment_pos, mask)
+        x = x + h
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...])), state
+
 
 class Recurrence(nnx.Module):
     """gelu(x Wy) * RGLRU(conv(x Wx)), projected back to D (figure 2 of the paper)."""
@@ -88,8 +111,20 @@ class Recurrence(nnx.Module):
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         y = jax.nn.gelu(self.linear_y(x))
         u = causal_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos)
-        h = rg_lru(u, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
+        h, _ = rg_lru(u, None, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
         return self.linear_out(h * y)
+
+    def step(
+        self, x: jax.Array, state: RecurrenceState, segment_pos: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, RecurrenceState]:
+        y = jax.nn.gelu(self.linear_y(x))
+        # Positions mask the earlier inputs by themselves, of padding and of other documents, too; theirs don't matter.
+        earlier = state.conv.shape[1]
+        inputs = jnp.concatenate([state.conv, self.linear_x(x)], axis=1)
+        positions = jnp.pad(segment_pos, ((0, 0), (earlier, 0)))
+        u = causal_conv(inputs, self.conv_taps[...], self.conv_bias[...], positions)[:, earlier:]
+        h, last = rg_lru(u, state.h, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
+        return self.linear_out(h * y), RecurrenceState(inputs[:, x.shape[1] :], last)
 
 
 class BlockDiagonal(nnx.Module):
@@ -122,21 +157,33 @@ def causal_conv(u: jax.Array, taps: jax.Array, bias: jax.Array, segment_pos: jax
 
 
 def rg_lru(
-    u: jax.Array, input_gate: BlockDiagonal, a_gate: BlockDiagonal, a_param: jax.Array, segment_pos: jax.Array
-) -> jax.Array:
-    """The RG-LRU (B T L) on every device's own sequences and channels: no channel needs another, whole sequences do."""
+    u: jax.Array,
+    h0: jax.Array | None,
+    input_gate: BlockDiagonal,
+    a_gate: BlockDiagonal,
+    a_param: jax.Array,
+    segment_pos: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The RG-LRU (B T L) and its last state (B L), from state h0 (B L) or 0.
+
+    Every device has its own sequences and channels: no channel needs another, whole sequences do.
+    """
     spec = input_gate.spec
-    channels, blocks = spec("batch", None, "rnn"), spec("gate_blocks", None)
+    channels, row, blocks = spec("batch", None, "rnn"), spec("batch", "rnn"), spec("gate_blocks", None)
     gate = (spec("gate_blocks", None, None), blocks)
+    implementation: Implementation | None = None
+    if h0 is not None and u.shape[1] == 1:
+        implementation = "associative"  # of one step there is nothing to scan
     scan = jax.shard_map(
-        lambda *arrays: rg_lru_scan(*arrays)[0],
-        in_specs=(channels, spec("batch", None), *gate, *gate, spec("rnn")),
-        out_specs=channels,
+        lambda *arrays: rg_lru_scan(*arrays, implementation=implementation),
+        in_specs=(channels, spec("batch", None), *gate, *gate, spec("rnn"), *(() if h0 is None else (row,))),
+        out_specs=(channels, row),
         check_vma=False,  # Pallas kernels do not say over which mesh axes their results vary
     )
     parameters = [array[...] for gate in (input_gate, a_gate) for array in (gate.kernel, gate.bias)]
-    h = scan(reshard(u, channels), reshard(segment_pos, spec("batch", None)), *parameters, a_param)
-    return reshard(h, spec("batch", "seq", "rnn"))
+    start = () if h0 is None else (h0,)
+    h, last = scan(reshard(u, channels), reshard(segment_pos, spec("batch", None)), *parameters, a_param, *start)
+    return reshard(h, spec("batch", "seq", "rnn")), last
 
 
 class LocalAttention(nnx.Module):
@@ -154,10 +201,38 @@ class LocalAttention(nnx.Module):
         self.window, self.spec = config.window, init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
+        q, k, v = self.projected(x, segment_pos)
+        return self.out(attention(q, k, v, attention_mask(segment_pos, self.window), self.spec))
+
+    def step(
+        self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        q, k, v = self.projected(x, segment_pos)
+        new = KeyValues(*(reshard(t, self.spec("batch", None, "kv_heads", None)) for t in (k, v)))
+        return self.out(ring_attention(q, ring, new, mask, self.spec)), new
+
+    def projected(self, x: jax.Array, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled queries (B T N H), keys and values (B T 1 H)."""
         q = rope(self.q(x), segment_pos, base=1e4, fraction=0.5)
         k = rope(self.k(x), segment_pos, base=1e4, fraction=0.5)
-        q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
-        return self.out(attention(q, k, self.v(x), attention_mask(segment_pos, self.window), self.spec))
+        return q * np.asarray(q.shape[-1] ** -0.5, q.dtype), k, self.v(x)
+
+
+def ring_attention(q: jax.Array, ring: KeyValues, new: KeyValues, mask: jax.Array, spec: Spec) -> jax.Array:
+    """Softmax attention (B T N H) over the ring's keys and then a call's own, mask (B T W+T); one key-value head.
+
+    The two parts are never joined, nor repeated for the query heads: that would copy the ring for every token.
+    """
+    parts, out = (ring, new), spec("batch", "heads", None, None)
+    products = [jnp.einsum("btnh,bsh->bnts", q, part.keys[:, :, 0], out_sharding=out) for part in parts]
+    scores = jnp.where(mask[:, None], jnp.concatenate(products, axis=-1).astype(jnp.float32), MASKED)
+    weights = jnp.split(jax.nn.softmax(scores, axis=-1).astype(q.dtype), [ring.keys.shape[1]], axis=-1)
+    heads = spec("batch", "seq", "heads", None)
+    old, own = (
+        jnp.einsum("bnts,bsh->btnh", w, part.values[:, :, 0], out_sharding=heads)
+        for w, part in zip(weights, parts, strict=True)
+    )
+    return old + own
 
 
 def decays(name: str) -> bool:

@@ -46,6 +46,10 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
         ("train griffin-tiny --allow learning_rate", "perhaps optimizer.learning_rate"),
         ("config griffin-tiny --mesh.sequence 2", "mesh.sequence=2 is not allowed"),
         ("sample", "required"),
+        ("sample RUN --temperature -1", "--temperature -1 is out of range: 0 or more is allowed"),
+        ("sample RUN --top-p 1.5", "--top-p 1.5 is out of range: above 0 and at most 1 is allowed"),
+        ("sample RUN --top-k 0", "--top-k 0 is out of range: 1 or more is allowed"),
+        ("sample RUN --prompt-file nowhere", "--prompt-file nowhere cannot be read: No such file or directory"),
         ("trian griffin-tiny", "perhaps train"),
     ],
 )

@@ -112,9 +112,9 @@ def reference_shape(name: str) -> tuple[int, ...]:
     return (64, 64) if tail.endswith("kernel") else (64,)
 
 
-def with_values(values: dict[str, np.ndarray]) -> Griffin:
+def with_values(values: dict[str, np.ndarray], config: GriffinConfig = CONFIG) -> Griffin:
     """The model with these parameters, laid out for the current mesh; nothing is initialised first."""
-    model = jax.eval_shape(lambda key: Griffin(CONFIG, Init(key, Rules().spec)), jax.random.key(0))
+    model = jax.eval_shape(lambda key: Griffin(config, Init(key, Rules().spec)), jax.random.key(0))
     leaves = named_leaves(model)
     assert leaves.keys() == values.keys()
     mesh = jax.sharding.get_mesh()
@@ -125,8 +125,8 @@ def with_values(values: dict[str, np.ndarray]) -> Griffin:
     return jax.tree.unflatten(jax.tree.structure(model), placed)
 
 
-@pytest.fixture
-def golden_model(one_device):
+def golden(config: GriffinConfig = CONFIG) -> Griffin:
+    """The golden file's model on the current mesh. Another window is a `config` for the same parameters."""
     values = {}
     for k, name in enumerate(GOLDEN["param_order"], start=1):
         value = golden_parameter(k, name, reference_shape(name))
@@ -134,7 +134,12 @@ def golden_model(one_device):
         if name.endswith("ffw_up/w"):
             value = value.transpose(1, 0, 2)  # ours is (D 2 F)
         values[our_name(name)] = value
-    return with_values(values)
+    return with_values(values, config)
+
+
+@pytest.fixture
+def golden_model(one_device):
+    return golden()
 
 
 def logits_of(model, tokens=GOLDEN["tokens"], positions=GOLDEN["segment_pos"]):
