@@ -1,5 +1,6 @@
 """Griffin equals DeepMind's released implementation: golden numbers recorded from `recurrentgemma` 1.0.1 (float32)."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -15,6 +16,7 @@ from configs.schema import GriffinConfig
 from models.griffin import Griffin
 from models.params import Init, named_leaves
 from sharding.rules import Rules
+from trainer.checkpoint import concrete
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "griffin.json").read_text())
 CONFIG = GriffinConfig(
@@ -287,3 +289,18 @@ def test_eight_devices_give_the_logits_of_one(golden_model, one_device):
         batch = jax.sharding.NamedSharding(mesh, spec("batch", "seq"))
         sharded = run(model, jax.device_put(np.asarray(tokens), batch), jax.device_put(np.asarray(positions), batch))
         np.testing.assert_allclose(np.asarray(sharded), expected, atol=1e-5)
+
+
+def test_the_program_hardly_grows_with_depth(one_device):
+    def lines(depth: int) -> int:
+        config = dataclasses.replace(CONFIG, depth=depth)
+        shapes = jax.eval_shape(lambda key: Griffin(config, Init(key, Rules().spec)), jax.random.key(0))
+
+        def loss(model, tokens, positions):
+            return jnp.mean(model(tokens, positions, dtype=jnp.float32, remat="layer") ** 2)
+
+        ids = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+        return len(jax.jit(jax.grad(loss)).lower(concrete(shapes, one_device), ids, ids).as_text().splitlines())
+
+    assert lines(39) == lines(12)  # 13 groups of three and 4
+    assert lines(40) < 1.4 * lines(12)  # and one recurrent block that is unrolled
