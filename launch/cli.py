@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from configs.schema import ConfigError
 
@@ -93,11 +92,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def ignored(raised: "sys.UnraisableHookArgs") -> None:
     """Python's own hook, but for one noise: when a save fails, orbax closes an event loop to which tensorstore's threads
     still want to report. The failure itself is raised where it can be told."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(raised)
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +112,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script and of `python -m launch`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    sys.excepthook = uncaught
+    sys.unraisablehook = ignored
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("podwright: pretraining on TPU pods, in JAX\n")
         for name, run in COMMANDS.items():
