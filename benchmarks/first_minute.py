@@ -80,7 +80,7 @@ def measure(folder: pathlib.Path) -> list[str]:
     cache, again = folder / "cache", folder / "warm"
     cold = first_step(podwright, folder / "cold", cache)
     warm = first_step(podwright, again, cache)
-    misfit = finish([podwright, "train", "griffin-tiny", "--run", str(again), "--model.width", "128"], folder)
+    misfit = finish([podwright, "train", "griffin-tiny", "--run", str(again), "--model.width", "96"], folder)
 
     rows = [
         ("packages installed", f"{len(packages)}", MAXTEXT["packages"]),
