@@ -77,9 +77,10 @@ def configs(argv: list[str]) -> int:
 
 def config(argv: list[str]) -> int:
     """print a config and where each value came from: config NAME, or compare two: config diff A B"""
+    from configs.parameters import parameter_lines
     from launch.config_commands import config as run
 
-    return run(argv)
+    return run(argv, parameter_lines)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
