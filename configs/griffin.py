@@ -57,7 +57,7 @@ PAPER_LENGTH = 2048
 FAMILIES = {
     "hawk": (("rec",), "Hawk: recurrence alone"),
     "griffin": (("rec", "rec", "attn"), "Griffin: recurrence and local attention"),
-    "transformer": (("attn",), "The papers' Transformer with multi-query attention"),
+    "transformer": (("attn",), "Transformer with multi-query attention"),
 }
 
 
@@ -82,7 +82,7 @@ def paper(family: str, size: str) -> Callable[[], Config]:
         optimizer = OptimizerConfig(learning_rate=row.learning_rate, warmup_steps=min(1000, steps // 10))
         return on_a_pod(f"{family}-{size}", model, PAPER_LENGTH, row.rows, steps, optimizer)
 
-    experiment.__doc__ = f"{words}, {size.upper()} of arXiv 2402.19427, table 2: give data.corpus and data.tokenizer."
+    experiment.__doc__ = f"{words}: the {size.upper()} of arXiv 2402.19427, table 2."
     return experiment
 
 

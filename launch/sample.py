@@ -1,5 +1,6 @@
 """`podwright sample RUN --prompt TEXT`: continue a prompt with a run's newest checkpoint."""
 
+import pathlib
 import sys
 
 
@@ -42,7 +43,9 @@ def continuation(run: str, prompt: str, num_tokens: int, temperature: float, see
     from models.decode import generate
     from sharding.mesh import one_device_mesh
 
-    tokenizer = open_tokenizer(config.data, read_manifest(run))
+    # An imported run has met no data yet, and its tokenizer is a file of its own.
+    met_data = (pathlib.Path(run).expanduser() / "data_manifest.json").exists()
+    tokenizer = open_tokenizer(config.data, read_manifest(run) if met_data else None)
     mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         model, _ = load_model(run, config, mesh)
