@@ -29,7 +29,7 @@ from test_griffin import our_name
 from configs.schema import OptimizerConfig
 from configs.store import from_json
 from launch.cli import main
-from models.convert import safetensors_files, tensors
+from models.convert import tensors
 from models.convert.safetensors_files import read_safetensors, write_safetensors
 from models.convert.tensors import Tensor
 from trainer.optimizers import make_optimizer, make_schedule
@@ -382,4 +382,3 @@ def test_a_file_type_we_cannot_convert_is_named(tmp_path, capsys):
     save_file({"a": np.zeros(2, np.int8)}, folder / "model.safetensors")
     said = refused(capsys, ["import", folder, "--to", tmp_path / "run"], code=4)
     assert said.endswith("a is I8, F32, BF16, F16 are what can be imported")
-    assert safetensors_files.DTYPES.keys() == {"F32", "BF16", "F16"}

@@ -54,11 +54,14 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def recurrentgemma_logits(model: GriffinConfig, tensors: Mapping[str, Tensor], tokens: np.ndarray) -> np.ndarray:
     """(B T V), float32, for tokens (B T) and a checkpoint in the Flax layout."""
     import jax
+    import jax.numpy as jnp
 
     network = recurrentgemma_model(model)
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    parameters = jax.tree.map(jnp.asarray, nested(tensors))
     with jax.default_matmul_precision("highest"):
-        return np.asarray(network.apply({"params": nested(tensors)}, tokens, positions, return_cache=False)[0])
+        program = jax.jit(lambda p, t, s: network.apply({"params": p}, t, s, return_cache=False)[0])
+        return np.asarray(program(parameters, jnp.asarray(tokens), positions))
 
 
 def transformers_model(model: GriffinConfig) -> Any:
