@@ -178,7 +178,7 @@ def test_recurrentgemma_loads_what_we_export(run, usual_promotion):
     (folder,) = (entry for entry in exported.iterdir() if entry.is_dir())
     from recurrentgemma import common
 
-    parameters = nest(read_flax(folder))
+    parameters = jax.tree.map(jnp.asarray, nest(read_flax(folder)))
     inferred = common.GriffinConfig.from_flax_params_or_variables({"params": parameters}, preset=None)
     assert (inferred.width, inferred.mlp_expanded_width, inferred.num_heads) == (64, 96, 4)
     tokens, positions = rows("whole")

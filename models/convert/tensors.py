@@ -42,18 +42,12 @@ class Tensor:
         return Tensor(self.shape, np.dtype(dtype), lambda a, b: self.read(a, b).astype(dtype, copy=False))
 
 
-def same_name(name: str) -> str:
-    return name
-
-
-def check_tensors(
-    source: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], show: Callable = same_name
-) -> None:
-    """Raises ConversionError unless exactly the expected tensors are there; `show` writes a name as its owner does."""
-    missing = [show(name) for name in expected if name not in found]
-    unexpected = [show(name) for name in found if name not in expected]
+def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConversionError unless exactly the expected tensors are there."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
     shaped = [
-        f"{show(name)} is {found[name].shape}, not {shape}"
+        f"{name} is {found[name].shape}, not {shape}"
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
