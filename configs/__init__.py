@@ -9,4 +9,7 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     "griffin-tiny": griffin.tiny,
     "gemma-tiny": gemma.tiny,
     "nfnet-tiny": nfnet.tiny,
+    **griffin.PAPER,
+    "recurrentgemma-2b": griffin.recurrentgemma_2b,
+    "recurrentgemma-9b": griffin.recurrentgemma_9b,
 }

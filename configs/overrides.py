@@ -38,8 +38,23 @@ def resolve(name_or_file: str, argv: Sequence[str] = (), options: Mapping[str, s
     `options` are what a command takes besides fields, with the word for their value, empty for a switch:
     {"run": "FOLDER", "json": ""}. An option or field given twice has the last value. Raises ConfigError.
     """
-    kinds, values, sources = _start(name_or_file)
-    files, given, taken = _split(argv, kinds, options or {})
+    return _layered(*_start(name_or_file), argv, options or {})
+
+
+def override(config: Config, origin: str, argv: Sequence[str], options: Mapping[str, str]) -> Resolved:
+    """As `resolve`, for a config that has no name here; `origin` says where its values come from. Raises ConfigError."""
+    values = values_of(config)
+    return _layered(kinds_of(config), values, dict.fromkeys(values, origin), argv, options)
+
+
+def _layered(
+    kinds: dict[str, str],
+    values: dict[str, Any],
+    sources: dict[str, str],
+    argv: Sequence[str],
+    options: Mapping[str, str],
+) -> Resolved:
+    files, given, taken = _split(argv, kinds, options)
     for path in files:
         text, origin = read_text(path)
         layer = values_in(parse_tree(text, origin), kinds, origin)

@@ -16,6 +16,7 @@ EXIT_CODES = {
     "ConfigError": 2,
     "DataError": 3,
     "StorageError": 4,
+    "ConversionError": 4,
     "NumericsError": 5,
     "Preempted": 75,
 }
@@ -61,6 +62,27 @@ def evaluate(argv: list[str]) -> int:
     return main(argv)
 
 
+def logits(argv: list[str]) -> int:
+    """float32 logits of given tokens: logits RUN --tokens F.npy --out G.npy"""
+    from launch.logits import main
+
+    return main(argv)
+
+
+def import_checkpoint(argv: list[str]) -> int:
+    """a run from DeepMind's or Hugging Face's checkpoint: import SRC --to RUN [--config NAME] [--verify]"""
+    from launch.convert import import_main
+
+    return import_main(argv)
+
+
+def export(argv: list[str]) -> int:
+    """a run's newest checkpoint for others: export RUN --format flax|hf --to DIR"""
+    from launch.convert import export_main
+
+    return export_main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """train, kill, resume, sample and compare with gzip, in a few minutes"""
     from launch.demo import main
@@ -77,9 +99,10 @@ def configs(argv: list[str]) -> int:
 
 def config(argv: list[str]) -> int:
     """print a config and where each value came from: config NAME, or compare two: config diff A B"""
+    from configs.parameters import parameter_lines
     from launch.config_commands import config as run
 
-    return run(argv)
+    return run(argv, parameter_lines)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -89,6 +112,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "logits": logits,
+    "import": import_checkpoint,
+    "export": export,
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pathlib
 import sys
 import time
 from collections.abc import Iterator
@@ -105,7 +106,9 @@ class Sampler:
         from trainer.run_folder import read_manifest
 
         options, mesh = self.options, one_device_mesh()
-        tokenizer = open_tokenizer(self.data, read_manifest(options.run))
+        # An imported run has met no data yet, and its tokenizer is a file of its own.
+        met_data = (pathlib.Path(options.run).expanduser() / "data_manifest.json").exists()
+        tokenizer = open_tokenizer(self.data, read_manifest(options.run) if met_data else None)
         ids = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]) for prompt in self.prompts]
         spellings = [Spelling(tokenizer, prompt) for prompt in ids]
         dtype = jnp.dtype(self.config.trainer.compute_dtype)

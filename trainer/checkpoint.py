@@ -62,6 +62,15 @@ class Checkpoints:
             )
         return from_tree(abstract_state, saved["state"]), saved["meta"]
 
+    def restore_part(self, step: int, part: str, abstract: Any) -> Any:
+        """One field of the state of a committed step, laid out as `abstract` says; nothing else is read."""
+        tree = {part: to_tree(abstract)}
+        with self._explained(f"restored from step {step}"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            layout = ocp.checkpoint_utils.construct_restore_args(tree)
+            how = ocp.args.PyTreeRestore(item=tree, restore_args=layout, partial_restore=True)
+            saved = reader.restore((self.folder / str(step) / "state").absolute(), args=how)
+        return from_tree(abstract, saved[part])
+
     def check(self) -> None:
         """Raise StorageError if a save in the background has failed."""
         with self._explained("saved in the background"):

@@ -1,7 +1,6 @@
 """Evaluation on held-out data, inside a run and of a finished one; and opening a run's newest checkpoint."""
 
 import contextlib
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,6 @@ from data.dataset import Dataset
 from models.params import Spec
 from sharding.rules import Rules
 from trainer.checkpoint import Checkpoints, StorageError, concrete
-from trainer.optimizers import make_optimizer, make_schedule
-from trainer.step import init_state
 from trainer.tasks import Batch, Task, make_task
 
 Place = Callable[[dict[str, np.ndarray]], Batch]
@@ -48,17 +45,13 @@ def read_config(run: str | pathlib.Path) -> Config:
 
 
 def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh) -> tuple[Any, int]:
-    """Model and step of a run's newest committed checkpoint, laid out on the current `mesh`."""
+    """Model and step of a run's newest committed checkpoint, laid out on the current `mesh`; the rest is not read."""
     folder = pathlib.Path(run).expanduser() / "checkpoints"
-    task = make_task(config)
-    schedule = make_schedule(config.optimizer, config.trainer.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
-    abstract = jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec))
+    abstract = jax.eval_shape(lambda key: make_task(config).init(key, Rules().spec), jax.random.key(0))
     if not folder.is_dir():
         raise StorageError(f"{run} has no checkpoint yet")
     with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise StorageError(f"{run} has no committed checkpoint yet")
-        state, _ = checkpoints.restore(step, concrete(abstract, mesh))
-    return state.model, step
+        return checkpoints.restore_part(step, "model", concrete(abstract, mesh)), step

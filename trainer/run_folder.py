@@ -66,15 +66,16 @@ class RunFolder:
         self._lock_file.flush()
 
     def _match(self, config: Config, allow: frozenset[str]) -> None:
-        """Keep the config of a new run; hold one that has trained to its own."""
-        if self.config_file.exists() and self._has_trained():
+        """Keep the config of a new run; hold one that has trained to its own, and an imported one to what fits its arrays."""
+        if self.config_file.exists() and (self._has_trained() or self._saved_steps()):
             try:
                 saved = from_json(self.config_file.read_text())
             except ConfigError as error:
                 raise StorageError(f"{self.config_file} cannot be read back: {error}") from error
             self.changes = differences(saved, config)
             unfit = [d for d in self.changes if "checkpoint" in d.effects]
-            refused = [d for d in self.changes if set(d.effects) & set(REFUSED) and d.path not in allow]
+            held = set(REFUSED) if self._has_trained() else set()
+            refused = [d for d in self.changes if set(d.effects) & held and d.path not in allow]
             if unfit:
                 listed = "; ".join(str(d) for d in unfit)
                 raise ConfigError(
@@ -90,10 +91,13 @@ class RunFolder:
 
     def _has_trained(self) -> bool:
         """Whether there is anything to protect: a run that stopped before its first step may still change its mind."""
-        metrics, checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
-        return (metrics.exists() and metrics.stat().st_size > 0) or (
-            checkpoints.is_dir() and any(checkpoints.iterdir())
-        )
+        metrics = self.path / "metrics.jsonl"
+        return (metrics.exists() and metrics.stat().st_size > 0) or bool(self._saved_steps() - {"0"})
+
+    def _saved_steps(self) -> set[str]:
+        """Names below checkpoints/; step 0 alone is what `podwright import` leaves."""
+        checkpoints = self.path / "checkpoints"
+        return {entry.name for entry in checkpoints.iterdir()} if checkpoints.is_dir() else set()
 
     def write(self, name: str, text: str) -> None:
         """Replace a small file in one step, so that a kill leaves the old or the new one, never half of it."""

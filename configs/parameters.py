@@ -1,0 +1,38 @@
+"""How many parameters a model has, in closed form: known before jax is imported and before anything is allocated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from configs.schema import Config, GriffinConfig
+
+
+@dataclass(frozen=True)
+class Count:
+    total: int
+    embedding: int  # of the table, which the output shares
+
+
+def griffin(config: GriffinConfig) -> Count:
+    d, r, f = config.width, config.rnn_width, config.mlp_width
+    head = d // config.num_heads
+    mlp = 3 * d * f + 2 * f + d
+    gate = r * r // config.num_gate_blocks + r
+    # Two ways in, one out, convolution and its bias, two gates and the recurrence's own vector.
+    recurrence = 2 * (d * r + r) + (r * d + d) + (config.conv_width * r + r) + 2 * gate + r
+    attention = 2 * d * d + 2 * d * head + d
+    kinds = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
+    layers = sum((recurrence if kind == "rec" else attention) + mlp + 2 * d for kind in kinds)
+    embedding = config.vocab_size * d
+    return Count(layers + d + embedding, embedding)
+
+
+COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin}  # by kind of model
+
+
+def parameter_lines(config: Config) -> list[str]:
+    """For `podwright config`: one line, or none for a kind of model without a closed form here."""
+    if config.model.kind not in COUNTS:
+        return []
+    count = COUNTS[config.model.kind](config.model)
+    return [f"{count.total:,} parameters, {count.total - count.embedding:,} without the embedding"]

@@ -1,0 +1,262 @@
+"""`podwright import` and `podwright export`: runs from other people's checkpoints, and the other way."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from configs import EXPERIMENTS
+from configs.overrides import Resolved, override, resolve
+from configs.schema import Config, ConfigError, GriffinConfig, TextData
+from configs.suggestions import perhaps
+from models.convert import griffin, griffin_config, peers
+from models.convert.safetensors_files import holds_safetensors, read_safetensors, write_safetensors
+from models.convert.tensors import ConversionError, Tensor, check_tensors
+from trainer.array_folder import is_orbax, read_arrays, write_tree
+from trainer.checkpoint import Checkpoints, StorageError, reason
+from trainer.evaluate import read_config
+from trainer.imported import abstract_arrays, write_first_state
+
+DTYPES = ("float32", "bfloat16")
+TOLERANCE = 1e-3  # of logits in float32: rounding of deep models stays below, every known mistake is far above
+OPTIONS = {"to": "RUN", "dtype": "DTYPE", "verify": ""}
+USAGE = """\
+podwright import SRC --to RUN [--config NAME] [--dtype float32|bfloat16] [--verify] [--section.field VALUE]
+SRC: a folder in DeepMind's Flax layout, or safetensors of Hugging Face (a file, or a folder with config.json)
+--config NAME   what the model is, where SRC does not say; and how the run is to train
+--dtype DTYPE   of the stored parameters, float32 if not given; they are restored as float32
+--verify        compare our logits with those of the package that SRC was made for"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been opened, not read."""
+
+    path: pathlib.Path
+    layout: griffin.Layout
+    tensors: dict[str, Tensor]
+
+
+def import_main(argv: list[str]) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0
+    if argv[0].startswith("--"):
+        raise ConfigError("podwright import needs the checkpoint first: podwright import SRC --to RUN")
+    source = open_source(pathlib.Path(argv[0]).expanduser())
+    name, rest = taken_config(argv[1:])
+    resolved = starting_point(source, name, [*found_tokenizer(source.path, rest), *rest])
+    options = resolved.options
+    if "to" not in options:
+        raise ConfigError("podwright import needs --to RUN, a new folder")
+    dtype = chosen_dtype(options.get("dtype", DTYPES[0]))
+    config = resolved.config
+    assert isinstance(config.model, GriffinConfig)
+    config = dataclasses.replace(
+        config, model=griffin_config.with_table_of(config.model, source.layout, str(source.path), source.tensors)
+    )
+    run = pathlib.Path(options["to"]).expanduser()
+    import_run(source, config, run, dtype, "verify" in options)
+    return 0
+
+
+def import_run(source: Source, config: Config, run: pathlib.Path, dtype: np.dtype, verify: bool) -> None:
+    """Raises ConversionError where the tensors aren't those of the config, StorageError for a `run` that exists."""
+    assert isinstance(config.model, GriffinConfig)
+    shapes = {
+        name.removeprefix("model/"): leaf.shape
+        for name, leaf in abstract_arrays(config).items()
+        if name.startswith("model/")
+    }
+    expected = griffin.their_shapes(config.model, source.layout, shapes)
+    check_tensors(str(source.path), source.tensors, expected)
+    ours = griffin.to_ours(config.model, source.layout, shapes, source.tensors)
+    with whole_or_none(run) as partial:
+        write_first_state(partial, config, {name: tensor.cast(dtype) for name, tensor in ours.items()})
+        if verify:
+            print(compare(source, config, partial))
+    parameters = sum(int(np.prod(shape)) for shape in shapes.values())
+    print(f"{run}: {len(expected)} tensors, {parameters:,} parameters, as step 0 of {config.name}")
+    if isinstance(config.data, TextData) and not config.data.tokenizer.endswith(".model"):
+        print(
+            f"no tokenizer.model lies beside {source.path}: import with --data.tokenizer FILE.model to sample or train"
+        )
+    print(f"continue with: podwright train {run} --run {run} --data.corpus FOLDER")
+
+
+def open_source(path: pathlib.Path) -> Source:
+    """Raises ConversionError for what is neither layout, StorageError for what cannot be read."""
+    if not path.exists():
+        raise StorageError(f"{path} does not exist")
+    if holds_safetensors(path):
+        return Source(path, griffin.HF, griffin_config.check_head(str(path), read_safetensors(path)))
+    if path.is_dir() and not is_orbax(path):  # as downloaded: the variant's folder beside its tokenizer
+        inside = [child for child in path.iterdir() if child.is_dir() and is_orbax(child)]
+        path = inside[0] if len(inside) == 1 else path
+    if not path.is_dir() or not is_orbax(path):
+        raise ConversionError(
+            f"{path} is neither an orbax folder (DeepMind's Flax layout) nor safetensors (Hugging Face)"
+        )
+    # Dots join the names on disk, and one stands in "blocks.0"; some folders have "params" above everything.
+    found = {re.sub(r"\.(?!\d)", "/", name.removeprefix("params.")): t for name, t in read_arrays(path).items()}
+    return Source(path, griffin.FLAX, found)
+
+
+def taken_config(words: list[str]) -> tuple[str | None, list[str]]:
+    """The name after --config, and the other words."""
+    for i, word in enumerate(words):
+        if word == "--config" and i + 1 < len(words):
+            return words[i + 1], words[:i] + words[i + 2 :]
+        if word.startswith("--config="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+    return None, words
+
+
+def starting_point(source: Source, name: str | None, rest: list[str]) -> Resolved:
+    """The config of the new run: the one named, that of the same shapes, or what SRC's config.json says."""
+    if name is not None:
+        resolved = resolve(name, rest, OPTIONS)
+        if not isinstance(resolved.config.model, GriffinConfig):
+            raise ConfigError(f"--config {name} is a {resolved.config.model.kind}: only griffin can be imported so far")
+        return resolved
+    if source.layout is griffin.FLAX:
+        return resolve(griffin_config.known_by_shapes(str(source.path), source.tensors), rest, OPTIONS)
+    folder = source.path if source.path.is_dir() else source.path.parent
+    model = griffin_config.from_hf(folder / "config.json")
+    known = [make() for make in EXPERIMENTS.values()]
+    base = next((c for c in known if c.model == model), EXPERIMENTS["recurrentgemma-2b"]())
+    named = base if base.model == model else dataclasses.replace(base, name=folder.absolute().name, model=model)
+    return override(named, f"file {folder / 'config.json'}", rest, OPTIONS)
+
+
+def found_tokenizer(source: pathlib.Path, rest: list[str]) -> list[str]:
+    """The option for the tokenizer.model beside a checkpoint, unless the user gives one."""
+    if any(word.partition("=")[0] == "--data.tokenizer" for word in rest):
+        return []
+    found = [folder / "tokenizer.model" for folder in (source, source.parent)]
+    return next((["--data.tokenizer", str(file.absolute())] for file in found if file.is_file()), [])
+
+
+def chosen_dtype(name: str) -> np.dtype:
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name} is not allowed, {perhaps(name, DTYPES)}")
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.float32)
+
+
+def compare(source: Source, config: Config, run: pathlib.Path) -> str:
+    """What the source's own implementation says to the same tokens. Raises ConversionError if it is something else."""
+    from launch.logits import logits
+
+    assert isinstance(config.model, GriffinConfig)
+    # One whole document without padding, which is where both packages are right; past two windows of a small model.
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(1, 128)).astype(np.int32)
+    theirs_of, package = {
+        "flax": (peers.recurrentgemma_logits, "recurrentgemma"),
+        "hf": (peers.transformers_logits, "transformers"),
+    }[source.layout.name]
+    theirs = theirs_of(config.model, source.tensors, tokens)
+    ours = np.concatenate([rows for _, rows in logits(run, config, tokens)])
+    difference = float(np.abs(ours - theirs).max())
+    told = f"logits of {tokens.size} tokens differ from {package}'s by at most {difference:.2g}"
+    if not difference <= TOLERANCE:
+        raise ConversionError(f"{told}, more than {TOLERANCE:g}: nothing was imported")
+    return told
+
+
+def export_main(argv: list[str]) -> int:
+    from launch.cli import Parser
+
+    parser = Parser(prog="podwright export")
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--format", required=True, choices=sorted(griffin.LAYOUTS), help="whose layout")
+    parser.add_argument("--to", required=True, help="a new folder")
+    parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES, help="of the tensors; released ones are bfloat16")
+    options = parser.parse_args(argv)
+    export_run(options.run, griffin.LAYOUTS[options.format], pathlib.Path(options.to).expanduser(), options.dtype)
+    return 0
+
+
+def export_run(run: str, layout: griffin.Layout, folder: pathlib.Path, dtype: str) -> None:
+    """Writes the newest checkpoint of `run`. Raises ConfigError for a model that the format cannot represent."""
+    config = read_config(run)
+    model = config.model
+    if not isinstance(model, GriffinConfig):
+        raise ConfigError(f"{run} is a {model.kind}: only griffin can be exported so far")
+    description = griffin_config.to_hf(model) if layout is griffin.HF else {}
+    step, ours = newest_parameters(pathlib.Path(run).expanduser(), config)
+    theirs = griffin.to_theirs(model, layout, ours)
+    cast = {name: tensor.cast(chosen_dtype(dtype)) for name, tensor in theirs.items()}
+    with whole_or_none(folder) as partial:
+        if layout is griffin.HF:
+            write_safetensors(partial, cast)
+            (partial / "config.json").write_text(json.dumps({**description, "dtype": dtype}, indent=2) + "\n")
+        else:
+            write_tree(partial / config.name, cast)
+        (partial / "README.md").write_text(readme(config, step, layout))
+        tokenizer = pathlib.Path(getattr(config.data, "tokenizer", "")).expanduser()
+        if tokenizer.suffix == ".model" and tokenizer.is_file():
+            shutil.copyfile(tokenizer, partial / "tokenizer.model")
+    print(f"{folder}: {len(cast)} tensors of step {step}, {dtype}, for {layout.name}")
+
+
+def newest_parameters(run: pathlib.Path, config: Config) -> tuple[int, Mapping[str, Tensor]]:
+    """Step and parameters of the newest checkpoint by our names without `model/`, opened but not read."""
+    if not (run / "checkpoints").is_dir():
+        raise StorageError(f"{run} has no checkpoint yet")
+    with contextlib.closing(Checkpoints(run / "checkpoints", config.checkpoint)) as checkpoints:
+        step = checkpoints.latest()
+    if step is None:
+        raise StorageError(f"{run} has no committed checkpoint yet")
+    arrays = read_arrays(run / "checkpoints" / str(step) / "state")
+    names = [name for name in abstract_arrays(config) if name.startswith("model/")]
+    return step, {name.removeprefix("model/"): arrays[name.replace("/", ".")] for name in names}
+
+
+def readme(config: Config, step: int, layout: griffin.Layout) -> str:
+    model = config.model
+    assert isinstance(model, GriffinConfig)
+    lines = [f"# {config.name}, step {step}", "", f"Written by `podwright export --format {layout.name}`.", ""]
+    if layout is griffin.HF:
+        lines += [
+            f"`attention_window_size` is {model.window + 1} because transformers counts the token itself, while the model",
+            f"was trained to see itself and {model.window} earlier tokens. transformers agrees with it for rows without",
+            "padding and with one document each; padded and packed rows leak there (as of 5.23).",
+        ]
+    else:
+        lines += [
+            f"An orbax folder, `{config.name}/`, in the layout of DeepMind's `recurrentgemma`. Not told by the tensors:",
+            f"`attention_window_size={model.window}`, `logits_soft_cap={model.logits_soft_cap:g}`,",
+            f"`embeddings_scale_by_sqrt_dim={model.embedding_scale}`.",
+        ]
+        if model.num_heads != model.num_gate_blocks:
+            lines.append(
+                f"That package cannot build {model.num_heads} heads beside {model.num_gate_blocks} gate blocks."
+            )
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def whole_or_none(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write in that becomes `folder` at the end, or is removed. Raises StorageError if there is one already."""
+    if "://" in str(folder):
+        raise ConfigError(f"--to {folder} is not a folder of this machine: cloud storage is not supported yet")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise StorageError(f"{folder} exists already: give --to a new folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, folder)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {reason(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

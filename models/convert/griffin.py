@@ -1,0 +1,229 @@
+"""Griffin's arrays in DeepMind's Flax layout and in Hugging Face's: one row a parameter, both directions.
+
+Shapes: D model width, L recurrence width, F MLP width, G gate blocks, N heads, H head features, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.schema import GriffinConfig
+from models.convert.tensors import Tensor
+
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our arrays as somebody else's tensors (one, or one a branch): views there, and back up to a reshape."""
+
+    theirs: tuple[str, ...]
+    there: Callable[[np.ndarray], Arrays] = lambda x: (x,)
+    back: Callable[[Arrays], np.ndarray] = lambda parts: parts[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`outer` and `blocks` map our names to rows; `prefix` writes what stands before a block's names."""
+
+    name: str
+    outer: dict[str, Row]
+    blocks: dict[str, dict[str, Row]]  # by kind of block
+    prefix: Callable[[int], str]
+
+
+def _flax_matrix(name: str) -> Row:
+    return Row((name,), lambda x: (x.reshape(x.shape[0], -1),))
+
+
+def _flax_linear(name: str) -> dict[str, Row]:
+    return {"kernel": _flax_matrix(f"{name}/kernel"), "bias": Row((f"{name}/bias",))}
+
+
+def _hf_matrix(name: str) -> Row:
+    return Row((name,), lambda x: (x.reshape(x.shape[0], -1).T,), lambda parts: parts[0].T)
+
+
+def _hf_linear(name: str) -> dict[str, Row]:
+    return {"kernel": _hf_matrix(f"{name}.weight"), "bias": Row((f"{name}.bias",))}
+
+
+def _below(scope: str, rows: dict[str, Row]) -> dict[str, Row]:
+    return {f"{scope}/{name}": row for name, row in rows.items()}
+
+
+def _heads_in(name: str) -> Row:
+    return Row((name,), lambda x: (x.reshape(-1, x.shape[-1]),))  # our (N H D) is their (N*H D)
+
+
+def _heads_in_transposed(name: str) -> Row:
+    return Row((name,), lambda x: (x.reshape(-1, x.shape[-1]).T,), lambda parts: parts[0].T)
+
+
+_FLAX_EVERY = {
+    "temporal_norm": Row(("temporal_pre_norm/scale",)),
+    "mlp_norm": Row(("channel_pre_norm/scale",)),
+    # (D 2 F) is their (2 D F); branch 0 is the gated one in both.
+    "mlp/up/kernel": Row(
+        ("mlp_block/ffw_up/w",), lambda x: (x.transpose(1, 0, 2),), lambda parts: parts[0].transpose(1, 0, 2)
+    ),
+    "mlp/up/bias": Row(("mlp_block/ffw_up/b",), lambda x: (x[:, None, None, :],)),
+    **_below("mlp/down", _flax_linear("mlp_block/ffw_down")),
+}
+FLAX = Layout(
+    name="flax",
+    outer={"embedding/table": Row(("embedder/input_embedding",)), "final_norm": Row(("final_norm/scale",))},
+    blocks={
+        "rec": {
+            **_FLAX_EVERY,
+            **_below("mixer/linear_x", _flax_linear("recurrent_block/linear_x")),
+            **_below("mixer/linear_y", _flax_linear("recurrent_block/linear_y")),
+            **_below("mixer/linear_out", _flax_linear("recurrent_block/linear_out")),
+            "mixer/conv_taps": Row(("recurrent_block/conv_1d/w",)),
+            "mixer/conv_bias": Row(("recurrent_block/conv_1d/b",)),
+            "mixer/input_gate/kernel": Row(("recurrent_block/rg_lru/input_gate/w",)),
+            "mixer/input_gate/bias": Row(("recurrent_block/rg_lru/input_gate/b",)),
+            "mixer/a_gate/kernel": Row(("recurrent_block/rg_lru/a_gate/w",)),
+            "mixer/a_gate/bias": Row(("recurrent_block/rg_lru/a_gate/b",)),
+            "mixer/a_param": Row(("recurrent_block/rg_lru/a_param",)),
+        },
+        "attn": {
+            **_FLAX_EVERY,
+            "mixer/q/kernel": _flax_matrix("attention_block/proj_q/kernel"),
+            "mixer/k/kernel": _flax_matrix("attention_block/proj_k/kernel"),
+            "mixer/v/kernel": _flax_matrix("attention_block/proj_v/kernel"),
+            "mixer/out/kernel": _heads_in("attention_block/proj_final/kernel"),
+            "mixer/out/bias": Row(("attention_block/proj_final/bias",)),
+        },
+    },
+    prefix=lambda i: f"blocks.{i}/",
+)
+
+_HF_EVERY = {
+    "temporal_norm": Row(("temporal_pre_norm.weight",)),
+    "mlp_norm": Row(("channel_pre_norm.weight",)),
+    "mlp/up/kernel": Row(
+        ("mlp_block.gate_proj.weight", "mlp_block.up_proj.weight"),
+        lambda x: (x[:, 0].T, x[:, 1].T),
+        lambda parts: np.stack([part.T for part in parts], axis=1),
+    ),
+    "mlp/up/bias": Row(("mlp_block.gate_proj.bias", "mlp_block.up_proj.bias"), lambda x: (x[0], x[1]), np.stack),
+    **_below("mlp/down", _hf_linear("mlp_block.down_proj")),
+}
+HF = Layout(
+    name="hf",
+    outer={"embedding/table": Row(("model.embed_tokens.weight",)), "final_norm": Row(("model.final_norm.weight",))},
+    blocks={
+        "rec": {
+            **_HF_EVERY,
+            **_below("mixer/linear_x", _hf_linear("temporal_block.linear_x")),
+            **_below("mixer/linear_y", _hf_linear("temporal_block.linear_y")),
+            **_below("mixer/linear_out", _hf_linear("temporal_block.linear_out")),
+            # torch's depthwise kernel (L 1 taps); it correlates, so the last tap is the current token's, as ours.
+            "mixer/conv_taps": Row(
+                ("temporal_block.conv_1d.weight",), lambda x: (x.T[:, None],), lambda parts: parts[0][:, 0].T
+            ),
+            "mixer/conv_bias": Row(("temporal_block.conv_1d.bias",)),
+            "mixer/input_gate/kernel": Row(("temporal_block.rg_lru.input_gate_weight",)),
+            "mixer/input_gate/bias": Row(("temporal_block.rg_lru.input_gate_bias",)),
+            "mixer/a_gate/kernel": Row(("temporal_block.rg_lru.recurrent_gate_weight",)),
+            "mixer/a_gate/bias": Row(("temporal_block.rg_lru.recurrent_gate_bias",)),
+            "mixer/a_param": Row(("temporal_block.rg_lru.recurrent_param",)),
+        },
+        "attn": {
+            **_HF_EVERY,
+            "mixer/q/kernel": _hf_matrix("temporal_block.q_proj.weight"),
+            "mixer/k/kernel": _hf_matrix("temporal_block.k_proj.weight"),
+            "mixer/v/kernel": _hf_matrix("temporal_block.v_proj.weight"),
+            "mixer/out/kernel": _heads_in_transposed("temporal_block.o_proj.weight"),
+            "mixer/out/bias": Row(("temporal_block.o_proj.bias",)),
+        },
+    },
+    prefix=lambda i: f"model.layers.{i}.",
+)
+LAYOUTS = {layout.name: layout for layout in (FLAX, HF)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one layer's array stands in our checkpoint: the array's name, and its layer if layers are stacked."""
+
+    name: str
+    layer: int | None
+    row: Row
+    theirs: tuple[str, ...]
+
+
+def places(config: GriffinConfig, layout: Layout) -> list[Place]:
+    """Every array of every layer, in the order of the layers; then those outside the layers."""
+    period, groups = len(config.pattern), config.depth // len(config.pattern)
+    found = []
+    for i in range(config.depth):
+        kind = config.pattern[i % period]
+        stacked = i < groups * period
+        block = f"layers/{'groups' if stacked else 'tail'}/{kind}_{i % period}"
+        for name, row in layout.blocks[kind].items():
+            theirs = tuple(layout.prefix(i) + part for part in row.theirs)
+            found.append(Place(f"{block}/{name}", i // period if stacked else None, row, theirs))
+    return found + [Place(name, None, row, row.theirs) for name, row in layout.outer.items()]
+
+
+def layer_shape(place: Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return shapes[place.name] if place.layer is None else shapes[place.name][1:]
+
+
+def their_shapes(
+    config: GriffinConfig, layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor that the layout has for a model with these `shapes` of ours."""
+    found: dict[str, tuple[int, ...]] = {}
+    for place in places(config, layout):
+        nothing = np.broadcast_to(np.float32(0), layer_shape(place, shapes))  # no memory: only its views' shapes count
+        found |= {name: view.shape for name, view in zip(place.theirs, place.row.there(nothing), strict=True)}
+    return found
+
+
+def to_ours(
+    config: GriffinConfig, layout: Layout, shapes: Mapping[str, tuple[int, ...]], source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Our arrays, layers stacked, out of a checkpoint whose tensors have been checked."""
+    layers: dict[str, list[Place]] = {}
+    for place in places(config, layout):
+        layers.setdefault(place.name, []).append(place)
+
+    def tensor(name: str, found: list[Place]) -> Tensor:
+        shape, dtype = shapes[name], source[found[0].theirs[0]].dtype
+        if found[0].layer is not None:
+
+            def read(first: int, end: int) -> np.ndarray:
+                parts = [tuple(source[t].whole() for t in place.theirs) for place in found[first:end]]
+                return np.stack([found[0].row.back(part).reshape(shape[1:]) for part in parts])
+
+            return Tensor(shape, dtype, read)
+        (place,) = found
+        if name in layout.outer:  # the same array there and here: the table is too big to be read at once
+            return source[place.theirs[0]]
+        parts = tuple(source[t] for t in place.theirs)
+        return Tensor(shape, dtype, lambda a, b: place.row.back(tuple(p.whole() for p in parts)).reshape(shape)[a:b])
+
+    return {name: tensor(name, found) for name, found in layers.items()}
+
+
+def to_theirs(config: GriffinConfig, layout: Layout, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layout's tensors out of our checkpoint, in the order of the layers."""
+    shapes = their_shapes(config, layout, {name: tensor.shape for name, tensor in ours.items()})
+
+    def tensor(place: Place, part: int) -> Tensor:
+        array = ours[place.name]
+        if place.name in layout.outer:
+            return array
+
+        def read(first: int, end: int) -> np.ndarray:
+            layer = array.whole() if place.layer is None else array.read(place.layer, place.layer + 1)[0]
+            return place.row.there(layer)[part][first:end]
+
+        return Tensor(shapes[place.theirs[part]], array.dtype, read)
+
+    every = places(config, layout)
+    return {name: tensor(place, part) for place in every for part, name in enumerate(place.theirs)}

@@ -1,0 +1,61 @@
+"""Tensors that are read in pieces, and the one sentence about a set of them that isn't what a config needs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+PIECE = 2**27  # bytes of one piece, unless a single row is more
+
+
+class ConversionError(RuntimeError):
+    """A checkpoint that cannot be read or does not fit: one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype of an array, and how to read rows [first, end) of its leading axis (a scalar has one row)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def whole(self) -> np.ndarray:
+        return self.read(0, self.rows)
+
+    def rows_a_piece(self) -> int:
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        return max(1, min(self.rows, PIECE // max(1, row_bytes)))
+
+    def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(first, end, rows [first, end)), to the last row."""
+        step = self.rows_a_piece()
+        for first in range(0, self.rows, step):
+            end = min(first + step, self.rows)
+            yield first, end, self.read(first, end)
+
+    def cast(self, dtype: np.dtype) -> "Tensor":
+        return Tensor(self.shape, np.dtype(dtype), lambda a, b: self.read(a, b).astype(dtype, copy=False))
+
+
+def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConversionError unless exactly the expected tensors are there."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    shaped = [
+        f"{name} is {found[name].shape}, not {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shaped))
+    parts = [f"{len(names)} {kind} ({first_of(names)})" for kind, names in kinds if names]
+    if parts:
+        raise ConversionError(f"{source} does not hold the tensors of this model: {', '.join(parts)}")
+
+
+def first_of(names: list[str], number: int = 3) -> str:
+    return "; ".join(names[:number]) + ("; ..." if len(names) > number else "")

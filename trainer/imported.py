@@ -1,0 +1,52 @@
+"""A run that starts from somebody else's parameters: its config, and a checkpoint of step 0 that was never in memory."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from configs.schema import Config
+from configs.store import FILE_NAME, to_json
+from models.convert.tensors import Tensor
+from models.params import named_leaves
+from sharding.mesh import one_device_mesh
+from sharding.rules import Rules
+from trainer.array_folder import fill, placeholders
+from trainer.checkpoint import Checkpoints
+from trainer.optimizers import make_optimizer, make_schedule
+from trainer.step import init_state
+from trainer.tasks import make_task
+
+
+def abstract_arrays(config: Config) -> dict[str, jax.Array]:
+    """Every array of a run's state by its name on disk: shapes and dtypes, nothing is allocated."""
+    task = make_task(config)
+    schedule = make_schedule(config.optimizer, config.trainer.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
+    with jax.set_mesh(one_device_mesh()):
+        return named_leaves(
+            jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec))
+        )
+
+
+def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str, Tensor]) -> None:
+    """Makes `run` a run at step 0 with these parameters, by our names without `model/`. Raises StorageError."""
+    arrays = {
+        name: parameters[name.removeprefix("model/")] if name.startswith("model/") else zeros(leaf.shape, leaf.dtype)
+        for name, leaf in abstract_arrays(config).items()
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint)
+    checkpoints.save(0, placeholders(arrays), {"step": 0, "data_hash": None})
+    checkpoints.finish()
+    checkpoints.close()
+    fill(run / "checkpoints" / "0" / "state", arrays)
+    (run / FILE_NAME).write_text(to_json(config))
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """What every optimizer here starts with, as the step number does."""
+    nothing = np.broadcast_to(np.zeros((), dtype), shape)
+    return Tensor(shape, np.dtype(dtype), lambda first, end: nothing[first:end] if shape else nothing)
