@@ -30,6 +30,7 @@ bench: .venv/parity
 	$(BIN)/python -m benchmarks.first_minute
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.decode
 
 clean:
 	rm -rf .venv
