@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from configs.schema import GemmaConfig
+from models.attention_local import local_attention
 from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
 from models.griffin import embedding_scale
 from models.params import Init, cast_kernels, zeros
@@ -90,7 +91,9 @@ class Attention(nnx.Module):
         q = rope(q, segment_pos, base=self.base, divisor=self.divisor)
         k = rope(k, segment_pos, base=self.base, divisor=self.divisor)
         q = q * np.asarray(self.query_scale, q.dtype)
-        return self.out(attention(q, k, v, attention_mask(segment_pos, self.left), self.spec, self.soft_cap))
+        if self.left is None:
+            return self.out(attention(q, k, v, attention_mask(segment_pos, None), self.spec, self.soft_cap))
+        return self.out(local_attention(q, k, v, segment_pos, self.left, self.spec, self.soft_cap))
 
 
 def decays(name: str) -> bool:

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
-from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
+from models.attention_local import local_attention
+from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, rms_norm, rope
 from models.params import Init, Spec, cast_kernels, normal, zeros
 from models.rg_lru import rg_lru_scan
 from models.scan import Implementation
@@ -202,7 +203,7 @@ class LocalAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
-        return self.out(attention(q, k, v, attention_mask(segment_pos, self.window), self.spec))
+        return self.out(local_attention(q, k, v, segment_pos, self.window, self.spec))
 
     def step(
         self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, mask: jax.Array

@@ -212,7 +212,7 @@ def interleaved_heads(q, k, v, *rest):
 NORM, ROPE, MASK, ATTENTION = (
     getattr(models.blocks, name) for name in ("rms_norm", "rope", "attention_mask", "attention")
 )
-GELU, MLP = jax.nn.gelu, models.blocks.GatedMLP
+GELU, MLP, LOCAL = jax.nn.gelu, models.blocks.GatedMLP, models.gemma.local_attention
 TRAPS = {
     "w instead of 1+w": ("gemma1 mha", models.gemma, "rms_norm", lambda x, w: NORM(x, w - 1)),
     "embedding not scaled": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(1)),
@@ -237,8 +237,8 @@ TRAPS = {
     "window counts the keys before the query": (
         "gemma2 27b",
         models.gemma,
-        "attention_mask",
-        lambda p, left: MASK(p, None if left is None else left + 1),
+        "local_attention",
+        lambda q, k, v, p, left, *rest: LOCAL(q, k, v, p, left + 1, *rest),
     ),
     "qk norm missing": ("gemma3 4b", models.gemma, "rms_norm", lambda x, w: x if x.ndim == 4 else NORM(x, w)),
     "divisor in local layers": (
