@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, reshard
 
 from models.blocks import MASKED, attention, attention_mask
-from models.params import Spec
 from models.sequence import Axis, first_index, left_halo
 
 
 def local_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_pos: jax.Array, left: int, spec: Spec, soft_cap: float = 0.0
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_pos: jax.Array, left: int, soft_cap: float = 0.0
 ) -> jax.Array:
     """Softmax attention (B T N H) of q (B T N H, scaled) to k and v (B T K H): `attention` with the mask that
     `attention_mask(segment_pos, left)` gives, a query's own key and at most `left` earlier ones of its document.
@@ -23,9 +22,9 @@ def local_attention(
     Devices that share a sequence fetch the `left` keys and values before their own from their neighbours.
     """
     queries = jax.typeof(q).sharding.spec
-    axis = spec("seq")[0]
+    axis = queries[1]
     if axis is None and q.shape[1] <= 2 * _reach(left):  # the blocks would be no smaller than the square
-        return attention(q, k, v, attention_mask(segment_pos, left), spec, soft_cap)
+        return attention(q, k, v, attention_mask(segment_pos, left), soft_cap)
     keys = jax.typeof(k).sharding.spec
     if k.shape[2] > 1:  # a device's query heads need not be those of its key-value heads
         keys = queries

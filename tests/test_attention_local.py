@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from models.attention_local import local_attention
-from sharding.rules import Rules
 
 
 def inputs(length: int, heads: int, kv_heads: int, seed: int = 0):
@@ -42,7 +41,7 @@ def by_hand(q, k, v, positions, left: int, soft_cap: float) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def blocked(q, k, v, positions, left, soft_cap):
-    return local_attention(q, k, v, positions, left, Rules().spec, soft_cap)
+    return local_attention(q, k, v, positions, left, soft_cap)
 
 
 @pytest.mark.parametrize(

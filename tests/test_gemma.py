@@ -197,8 +197,8 @@ def post_norm_after_residual(block, x, segment_pos):
     return NORM(x + block.mlp(NORM(x, block.mlp_norm[...])), block.mlp_post_norm[...])
 
 
-def cap_after_mask(q, k, v, mask, spec, soft_cap):
-    heads = spec("batch", "seq", "heads", None)
+def cap_after_mask(q, k, v, mask, soft_cap):
+    heads = jax.typeof(q).sharding.spec
     k, v = (jax.sharding.reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
     scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k), models.blocks.MASKED)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(soft_cap * jnp.tanh(scores / soft_cap)), v)

@@ -178,9 +178,7 @@ def test_gradients_of_every_parameter_equal_the_reference(golden_model):
         lambda m: m.setattr(models.griffin, "embedding_scale", lambda width: np.float32(width**0.5 * 1.01)),
         lambda m: m.setattr(models.rg_lru, "SHARPNESS", 1.0),
         lambda m: m.setattr(models.griffin, "rms_norm", lambda x, s: models.blocks.rms_norm(x, s - 1)),
-        lambda m: m.setattr(
-            models.griffin, "local_attention", lambda q, k, v, p, left, spec: LOCAL(q, k, v, p, left - 1, spec)
-        ),
+        lambda m: m.setattr(models.griffin, "local_attention", lambda q, k, v, p, left: LOCAL(q, k, v, p, left - 1)),
         lambda m: m.setattr(models.griffin, "rope", lambda x, p, base, fraction: models.blocks.rope(x, p, base, 1.0)),
         lambda m: m.setattr(models.griffin, "rg_lru", lambda *a: RG_LRU(*a[:-1], a[-1] + 1)),
         lambda m: m.setattr(models.griffin, "causal_conv", lambda u, t, b, p: CONV(u, t[::-1], b, p)),

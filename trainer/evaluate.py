@@ -14,7 +14,7 @@ from configs.schema import Config
 from configs.store import from_json
 from data.dataset import Dataset
 from models.params import Spec
-from sharding.rules import Rules
+from sharding.rules import rules_for
 from trainer.checkpoint import Checkpoints, StorageError, concrete
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.step import init_state
@@ -53,7 +53,7 @@ def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh) -> tuple[Any
     task = make_task(config)
     schedule = make_schedule(config.optimizer, config.trainer.steps)
     optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
-    abstract = jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec))
+    abstract = jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, rules_for(mesh).spec))
     if not folder.is_dir():
         raise StorageError(f"{run} has no checkpoint yet")
     with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
