@@ -130,6 +130,7 @@ class Recurrence(nnx.Module):
         positions = jnp.pad(segment_pos, ((0, 0), (earlier, 0)))
         u = causal_conv(inputs, self.conv_taps[...], self.conv_bias[...], positions)[:, earlier:]
         h, last = rg_lru(u, state.h, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
+        assert last is not None
         return self.linear_out(h * y), RecurrenceState(inputs[:, x.shape[1] :], last)
 
 
@@ -206,7 +207,7 @@ def rg_lru(
     def scan(u, segment_pos, *rest):
         if axis is None:
             return rg_lru_scan(u, segment_pos, *rest, implementation=implementation)
-        return rg_lru_shared(u, segment_pos, *rest, axis=axis), None
+        return rg_lru_shared(axis, u, segment_pos, *rest), None
 
     if input_gate.axis is None and parts(spec, "rnn") > 1:
         scan = functools.partial(with_whole_blocks, scan, spec("rnn")[0])

@@ -104,6 +104,7 @@ _recomputed.defvjp(_forward, _backward)
 
 
 def rg_lru_shared(
+    axis: Axis,
     u: jax.Array,
     segment_pos: jax.Array,
     w_input: jax.Array,
@@ -111,7 +112,6 @@ def rg_lru_shared(
     w_a: jax.Array,
     b_a: jax.Array,
     a_param: jax.Array,
-    axis: Axis,
 ) -> jax.Array:
     """h (B T L) of `rg_lru_scan`, from state 0, where the devices along the mesh axis `axis` hold T tokens each.
 

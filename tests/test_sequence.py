@@ -123,8 +123,7 @@ def test_the_recurrence_asks_no_device_that_shares_its_channels():
         x = jax.ShapeDtypeStruct((*POSITIONS.shape, config.width), jnp.float32)
         text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(mixer, x, POSITIONS).compile().as_text()
     collective = r" (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(.*"
-    found = re.findall(collective, text)
-    assert found  # linear_out's sum, and its gradients' with respect to x
-    for line in found:
-        assert "dot_general" in line, line
-        print(line[-300:])
+    # What XLA calls a collective of each device with itself moves nothing.
+    found = [line for line in re.findall(collective, text) if "{{0},{1}," not in line]
+    assert found  # linear_out's sums, and those of the gradient with respect to x
+    assert all("dot_general" in line for line in found), found
