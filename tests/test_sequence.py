@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import models.attention_local
+import models.griffin
+import models.rg_lru
+import models.sequence
 from configs.schema import GriffinConfig, MeshConfig
 from models.griffin import Griffin, Recurrence
 from models.params import Init, named_leaves
@@ -86,6 +90,30 @@ MORE = [(window, mesh) for window in (4, 12, 24) for mesh in MESHES if (window, 
 def test_devices_that_share_sequences_give_the_gradients_of_one(window, mesh):
     config = GriffinConfig(**SMALL, window=window)
     check(config, on_one_device(config), MESHES[mesh])
+
+
+TRAPS = {
+    "no state": (models.rg_lru, "carried_in", lambda decay, end, axis, **_: jnp.zeros_like(end)),
+    "states in the wrong order": (
+        models.rg_lru,
+        "carried_in",
+        lambda decay, end, axis, reverse=False: CARRIED_IN(decay, end, axis, reverse=not reverse),
+    ),
+    "no inputs of the convolution": (models.griffin, "left_halo", lambda x, width, axis: LEFT_HALO(0 * x, width, axis)),
+    "no earlier keys": (models.attention_local, "left_halo", lambda x, width, axis: LEFT_HALO(0 * x, width, axis)),
+    "keys before the sequence": (models.attention_local, "first_index", lambda length, axis: length),
+}
+CARRIED_IN, LEFT_HALO = models.sequence.carried_in, models.sequence.left_halo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trap", TRAPS)
+def test_each_trap_breaks_the_parity(trap, monkeypatch):
+    config = GriffinConfig(**SMALL, window=12)
+    expected = on_one_device(config)
+    monkeypatch.setattr(*TRAPS[trap])
+    with pytest.raises(AssertionError):
+        check(config, expected, MESHES["sequence 8"])
 
 
 @pytest.mark.slow
