@@ -290,7 +290,7 @@ class MeshConfig(Section):
     replica: int = setting(1, "copies across slices", low=-1, changes=("recompile",))
     data: int = setting(-1, "data-parallel devices", low=-1, changes=("recompile",))
     fsdp: int = setting(1, "devices that share parameters and optimizer state", low=-1, changes=("recompile",))
-    sequence: int = setting(1, "devices that share a sequence (only 1 so far)", choices=(1,), changes=("recompile",))
+    sequence: int = setting(1, "devices that share a sequence (Griffin)", low=1, changes=("recompile",))
     tensor: int = setting(1, "devices that share heads and hidden units", low=-1, changes=("recompile",))
     simulated_devices: int = setting(0, "CPU devices to simulate; 0 uses the real ones", low=0, changes=("recompile",))
 
@@ -365,6 +365,16 @@ class Config:
             raise ConfigError(
                 f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
                 f"{self.model.kind} trains on {'images' if image else 'text'}"
+            )
+        if self.mesh.sequence > 1 and not isinstance(self.model, GriffinConfig):
+            raise ConfigError(
+                f"{self.mesh.show('sequence')} contradicts model.kind={self.model.kind!r}: only griffin can divide a "
+                f"sequence among devices, the others need mesh.sequence=1"
+            )
+        if isinstance(self.data, TextData) and self.data.sequence_length % self.mesh.sequence:
+            raise ConfigError(
+                f"{self.data.show('sequence_length')} is not a multiple of {self.mesh.show('sequence')}, the devices "
+                f"that share a sequence"
             )
         if image and self.trainer.remat == "dots":
             raise ConfigError(

@@ -25,12 +25,12 @@ def evaluate_run(run: str, batches: int = 0) -> tuple[int, dict[str, float]]:
 
     from data import open_data
     from sharding.mesh import make_mesh, simulate_devices
-    from sharding.rules import Rules
+    from sharding.rules import rules_for
     from trainer.tasks import make_task
 
     simulate_devices(config.mesh)
     mesh, task, data = make_mesh(config.mesh), make_task(config), open_data(config.data)
     with jax.set_mesh(mesh):
         model, step = load_model(run, config, mesh)
-        place = functools.partial(place_batch, mesh=mesh, spec=Rules().spec)
+        place = functools.partial(place_batch, mesh=mesh, spec=rules_for(mesh).spec)
         return step, evaluate(jax.jit(task.evaluate), model, data, batches, task, place)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
-from models.params import Init, Spec, normal, zeros
+from models.params import Init, normal, zeros
 
 MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
 
@@ -57,16 +57,15 @@ def attention_mask(segment_pos: jax.Array, left: int | None) -> jax.Array:
     return (documents[:, :, None] == documents[:, None, :]) & near[None]
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, spec: Spec, soft_cap: float = 0.0
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float = 0.0) -> jax.Array:
     """Softmax attention (B T N H); q (B T N H) already scaled, k and v (B T K H), mask (B T T). Softmax in float32.
 
     Query heads are contiguous per key-value head: heads 0..N/K-1 read key-value head 0.
     """
-    heads = spec("batch", "seq", "heads", None)
+    heads = jax.typeof(q).sharding.spec
     k, v = (reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, out_sharding=spec("batch", "heads", None, None)).astype(jnp.float32)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, out_sharding=PartitionSpec(heads[0], heads[2], None, None))
+    scores = scores.astype(jnp.float32)
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1).astype(v.dtype)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from configs.schema import GemmaConfig
+from models.attention_local import local_attention
 from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
 from models.griffin import embedding_scale
 from models.params import Init, cast_kernels, zeros
@@ -81,7 +82,7 @@ class Attention(nnx.Module):
         # Positions are compressed in global layers only, to extend the context (Gemma 3 report, section 2).
         self.divisor = 1.0 if local else config.rope_divisor_global
         self.query_scale = config.query_scale or head**-0.5
-        self.soft_cap, self.spec = config.attention_soft_cap, init.spec
+        self.soft_cap = config.attention_soft_cap
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -90,7 +91,9 @@ class Attention(nnx.Module):
         q = rope(q, segment_pos, base=self.base, divisor=self.divisor)
         k = rope(k, segment_pos, base=self.base, divisor=self.divisor)
         q = q * np.asarray(self.query_scale, q.dtype)
-        return self.out(attention(q, k, v, attention_mask(segment_pos, self.left), self.spec, self.soft_cap))
+        if self.left is None:
+            return self.out(attention(q, k, v, attention_mask(segment_pos, None), self.soft_cap))
+        return self.out(local_attention(q, k, v, segment_pos, self.left, self.soft_cap))
 
 
 def decays(name: str) -> bool:

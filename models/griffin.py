@@ -3,18 +3,23 @@
 Shapes: B batch, T tokens, D model width, L recurrence width, G gate blocks, N heads, H head features, F MLP width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
-from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
-from models.params import Init, Spec, cast_kernels, normal, zeros
-from models.rg_lru import rg_lru_scan
+from models.attention_local import local_attention
+from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, rms_norm, rope
+from models.params import Init, Spec, cast_kernels, normal, parts, zeros
+from models.rg_lru import rg_lru_scan, rg_lru_shared
 from models.scan import Implementation
+from models.sequence import left_halo
 from models.state import KeyValues, RecurrenceState, State, advance, visible
 
 
@@ -107,10 +112,11 @@ class Recurrence(nnx.Module):
         self.input_gate = BlockDiagonal(init.scope("input_gate"), rnn, config.num_gate_blocks)
         self.a_gate = BlockDiagonal(init.scope("a_gate"), rnn, config.num_gate_blocks)
         self.a_param = init.param("a_param", (rnn,), ("rnn",), ring)
+        self.spec = init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         y = jax.nn.gelu(self.linear_y(x))
-        u = causal_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos)
+        u = shared_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos, self.spec)
         h, _ = rg_lru(u, None, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
         return self.linear_out(h * y)
 
@@ -124,17 +130,22 @@ class Recurrence(nnx.Module):
         positions = jnp.pad(segment_pos, ((0, 0), (earlier, 0)))
         u = causal_conv(inputs, self.conv_taps[...], self.conv_bias[...], positions)[:, earlier:]
         h, last = rg_lru(u, state.h, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
+        assert last is not None
         return self.linear_out(h * y), RecurrenceState(inputs[:, x.shape[1] :], last)
 
 
 class BlockDiagonal(nnx.Module):
-    """Parameters of G dense blocks on a diagonal, L -> L, so that gates never cross a device."""
+    """Parameters of G dense blocks on a diagonal, L -> L, so that gates never cross a device.
+
+    Where the devices that divide channels do not divide the blocks, too, each has the parameters of all blocks.
+    """
 
     def __init__(self, init: Init, width: int, num_blocks: int):
         block = width // num_blocks
         # The reference's fan-in counts the blocks too: variance 1 / L.
-        self.kernel = init.param("kernel", (num_blocks, block, block), ("gate_blocks", None, None), normal(1 / width))
-        self.bias = init.param("bias", (num_blocks, block), ("gate_blocks", None), zeros)
+        self.axis = init.axis("gate_blocks", num_blocks)
+        self.kernel = init.param("kernel", (num_blocks, block, block), (self.axis, None, None), normal(1 / width))
+        self.bias = init.param("bias", (num_blocks, block), (self.axis, None), zeros)
         self.spec = init.spec
 
 
@@ -156,6 +167,21 @@ def causal_conv(u: jax.Array, taps: jax.Array, bias: jax.Array, segment_pos: jax
     return out
 
 
+def shared_conv(u: jax.Array, taps: jax.Array, bias: jax.Array, segment_pos: jax.Array, spec: Spec) -> jax.Array:
+    """`causal_conv`, for which a device fetches from its neighbour the inputs before its own, where they share sequences."""
+    axis, earlier = spec("seq")[0], taps.shape[0] - 1
+    if axis is None:
+        return causal_conv(u, taps, bias, segment_pos)
+
+    def conv(u, taps, bias, segment_pos):
+        u = jnp.concatenate([left_halo(u, earlier, axis), u], axis=1)
+        return causal_conv(u, taps, bias, jnp.pad(segment_pos, ((0, 0), (earlier, 0))))[:, earlier:]
+
+    channels = spec("batch", "seq", "rnn")
+    specs = (channels, spec(None, "rnn"), spec("rnn"), spec("batch", "seq"))
+    return jax.shard_map(conv, in_specs=specs, out_specs=channels)(u, taps, bias, segment_pos)
+
+
 def rg_lru(
     u: jax.Array,
     h0: jax.Array | None,
@@ -163,27 +189,59 @@ def rg_lru(
     a_gate: BlockDiagonal,
     a_param: jax.Array,
     segment_pos: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """The RG-LRU (B T L) and its last state (B L), from state h0 (B L) or 0.
 
-    Every device has its own sequences and channels: no channel needs another, whole sequences do.
+    Every device has its own channels, and no channel needs another but those of its gate block. Devices that share
+    sequences start from 0 and give no last state.
     """
     spec = input_gate.spec
-    channels, row, blocks = spec("batch", None, "rnn"), spec("batch", "rnn"), spec("gate_blocks", None)
-    gate = (spec("gate_blocks", None, None), blocks)
+    axis = spec("seq")[0] if h0 is None else None
+    time = None if axis is None else "seq"
+    channels, row = spec("batch", time, "rnn"), spec("batch", "rnn")
+    gate = (spec(input_gate.axis, None, None), spec(input_gate.axis, None))
     implementation: Implementation | None = None
     if h0 is not None and u.shape[1] == 1:
         implementation = "associative"  # of one step there is nothing to scan
-    scan = jax.shard_map(
-        lambda *arrays: rg_lru_scan(*arrays, implementation=implementation),
-        in_specs=(channels, spec("batch", None), *gate, *gate, spec("rnn"), *(() if h0 is None else (row,))),
-        out_specs=(channels, row),
+
+    def scan(u, segment_pos, *rest):
+        if axis is None:
+            return rg_lru_scan(u, segment_pos, *rest, implementation=implementation)
+        return rg_lru_shared(axis, u, segment_pos, *rest), None
+
+    if input_gate.axis is None and parts(spec, "rnn") > 1:
+        scan = functools.partial(with_whole_blocks, scan, spec("rnn")[0])
+    scanned = jax.shard_map(
+        scan,
+        in_specs=(channels, spec("batch", time), *gate, *gate, spec("rnn"), *(() if h0 is None else (row,))),
+        out_specs=(channels, row if axis is None else None),
         check_vma=False,  # Pallas kernels do not say over which mesh axes their results vary
     )
     parameters = [array[...] for gate in (input_gate, a_gate) for array in (gate.kernel, gate.bias)]
     start = () if h0 is None else (h0,)
-    h, last = scan(reshard(u, channels), reshard(segment_pos, spec("batch", None)), *parameters, a_param, *start)
+    h, last = scanned(reshard(u, channels), reshard(segment_pos, spec("batch", time)), *parameters, a_param, *start)
     return reshard(h, spec("batch", "seq", "rnn")), last
+
+
+def with_whole_blocks(scan, axis, u, segment_pos, *rest):
+    """`scan` for a device whose channels begin or end within a gate block: on all blocks they touch, and then cut.
+
+    It has the parameters of all blocks. The inputs of all channels are gathered; the rest of its work grows by the
+    channels of others in its first and last block.
+    """
+    *gates, (a_param, *start) = *rest[:4], rest[4:]
+    own, (num_blocks, block) = u.shape[2], gates[1].shape
+    touched = [-(-own * (d + 1) // block) - own * d // block for d in range(lax.axis_size(axis))]
+    count, begin = max(touched), lax.axis_index(axis) * own
+    first = jnp.minimum(begin // block, num_blocks - count)
+
+    def gathered(x):  # (... own channels) -> (... channels of the blocks)
+        whole = lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+        return lax.dynamic_slice_in_dim(whole, first * block, count * block, axis=x.ndim - 1)
+
+    gates = [lax.dynamic_slice_in_dim(x, first, count) for x in gates]
+    out = scan(gathered(u), segment_pos, *gates, gathered(a_param), *map(gathered, start))
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, begin - first * block, own, axis=x.ndim - 1), out)
 
 
 class LocalAttention(nnx.Module):
@@ -192,17 +250,16 @@ class LocalAttention(nnx.Module):
     def __init__(self, config: GriffinConfig, init: Init, final: float):
         width, heads = config.width, config.num_heads
         head = width // heads
-        self.q = Linear(init.scope("q"), (width,), (heads, head), ("embed", "heads", None), 1 / width, bias=False)
+        axis = init.axis("heads", heads)  # every device has all heads where their number cannot be divided
+        self.q = Linear(init.scope("q"), (width,), (heads, head), ("embed", axis, None), 1 / width, bias=False)
         self.k = Linear(init.scope("k"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
         self.v = Linear(init.scope("v"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
-        self.out = Linear(
-            init.scope("out"), (heads, head), (width,), ("heads", None, "embed"), final / width, bias=True
-        )
+        self.out = Linear(init.scope("out"), (heads, head), (width,), (axis, None, "embed"), final / width, bias=True)
         self.window, self.spec = config.window, init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
-        return self.out(attention(q, k, v, attention_mask(segment_pos, self.window), self.spec))
+        return self.out(local_attention(q, k, v, segment_pos, self.window))
 
     def step(
         self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, mask: jax.Array

@@ -3,6 +3,7 @@
 A model is a `flax.nnx.Module` used as an immutable pytree: it owns parameters and calls functions over arrays.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,10 @@ class Init:
         """Every parameter below gets a leading `layers` axis, each layer with a key of its own."""
         return replace(self, num_layers=num_layers)
 
+    def axis(self, name: str, size: int) -> str | None:
+        """The logical axis `name`, or None (whole on every device) where the current mesh has parts that do not divide `size`."""
+        return name if size % parts(self.spec, name) == 0 else None
+
     def param(
         self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser
     ) -> nnx.Param:
@@ -45,6 +50,12 @@ class Init:
             value = jax.vmap(lambda k: initialiser(k, shape))(keys)
             axes = ("layers", *axes)
         return nnx.Param(jax.sharding.reshard(value.astype(jnp.float32), self.spec(*axes)))
+
+
+def parts(spec: Spec, name: str) -> int:
+    """Into how many parts the current mesh divides the logical axis `name`."""
+    axes, sizes = spec(name)[0], jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _fold_name(key: jax.Array, name: str) -> jax.Array:

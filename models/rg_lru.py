@@ -12,6 +12,7 @@ from jax import lax
 from models.blocks import einsum_float32
 from models.kernels.rg_lru_tpu import rg_lru_backward, rg_lru_forward, saved_states
 from models.scan import Implementation, linear_scan, on_platform
+from models.sequence import Axis, carried_in
 
 SHARPNESS = 8.0  # the paper's c: a = rho ** (c * r)
 MAX_DERIVATIVE = 1000.0  # of the square root (RecurrentGemma report, section 2)
@@ -100,6 +101,55 @@ def _backward(implementation: Implementation | None, residuals, cotangents):
 
 
 _recomputed.defvjp(_forward, _backward)
+
+
+def rg_lru_shared(
+    axis: Axis,
+    u: jax.Array,
+    segment_pos: jax.Array,
+    w_input: jax.Array,
+    b_input: jax.Array,
+    w_a: jax.Array,
+    b_a: jax.Array,
+    a_param: jax.Array,
+) -> jax.Array:
+    """h (B T L) of `rg_lru_scan`, from state 0, where the devices along the mesh axis `axis` hold T tokens each.
+
+    All run at once: first from 0, to learn where their tokens take a state; then from the state that reaches them. The
+    gradient does the same against time. Only those summaries cross devices, two (B L) in float32 from each, each way.
+    """
+    log_decay = -SHARPNESS * jax.nn.softplus(a_param.astype(jnp.float32))
+    return _shared(axis, u, segment_pos, w_input, b_input, w_a, b_a, log_decay)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shared(axis: Axis, *arrays: jax.Array) -> jax.Array:
+    return _shared_forward(axis, *arrays)[0]
+
+
+def _shared_forward(axis: Axis, *arrays: jax.Array):
+    decay = total_decay(*arrays)
+    _, end, _ = _values(*arrays, jnp.zeros_like(decay), implementation=None, save_states=False)
+    arrays = (*arrays, carried_in(decay, end, axis))
+    h, _, states = _values(*arrays, implementation=None, save_states=True)
+    return h, (arrays, decay, states)
+
+
+def _shared_backward(axis: Axis, residuals, dh):
+    arrays, decay, states = residuals
+    *_, dh0 = _gradients(states, dh, jnp.zeros_like(decay), *arrays, implementation=None)
+    dh_last = carried_in(decay, dh0, axis, reverse=True)
+    du, *others, _ = _gradients(states, dh, dh_last, *arrays, implementation=None)
+    return du, None, *(d.astype(array.dtype) for d, array in zip(others, arrays[2:-1], strict=True))
+
+
+_shared.defvjp(_shared_forward, _shared_backward)
+
+
+def total_decay(u, segment_pos, w_input, b_input, w_a, b_a, log_decay) -> jax.Array:
+    """The product of all T decays (B L) in float32, 0 where a document starts among them."""
+    gates = jnp.sum(jax.nn.sigmoid(block_diagonal(u, w_a, b_a)), axis=1)
+    return jnp.where(jnp.any(segment_pos == 0, axis=1)[:, None], 0.0, jnp.exp(log_decay[None] * gates))
 
 
 def _values(*arrays, implementation: Implementation | None, save_states: bool):

@@ -18,7 +18,7 @@ class Rules:
     """
 
     batch: tuple[str, ...] | str | None = BATCH
-    seq: tuple[str, ...] | str | None = None  # whole sequences on each device: mixers do not exchange carries yet
+    seq: tuple[str, ...] | str | None = None  # tokens of a sequence; see `rules_for`
     embed: tuple[str, ...] | str | None = "fsdp"  # the parameters' model width; the activations' width stays whole
     mlp: tuple[str, ...] | str | None = "tensor"
     heads: tuple[str, ...] | str | None = "tensor"
@@ -46,6 +46,12 @@ class Rules:
         """Number of parts into which `mesh` divides the logical axis `name`."""
         axis = getattr(self, name)
         return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+
+
+def rules_for(mesh: Mesh) -> Rules:
+    """The rules on this mesh. Only where it has devices to share a sequence do they divide it: the models that can't (and
+    decoding, which has one token to divide) then never see that axis."""
+    return Rules(seq="sequence" if mesh.shape["sequence"] > 1 else None)
 
 
 def logical_axes() -> tuple[str, ...]:

@@ -53,8 +53,11 @@ COMMAND_LINES = [
     ("--optimizer.name adam", "optimizer.name='adam' is not one of adamw, sgd, perhaps adamw"),
     ("--optimizer.name lion", "optimizer.name='lion' is not one of adamw, sgd"),
     ("--model.pattern rec,atn", "model.pattern='atn' is not one of rec, attn, perhaps attn"),
-    ("--mesh.sequence 2", "mesh.sequence=2 is not allowed: only 1 is"),
     # values that contradict each other
+    (
+        "--mesh.sequence 3",
+        "data.sequence_length=256 is not a multiple of mesh.sequence=3, the devices that share a sequence",
+    ),
     ("--model.num_heads 5", "model.num_heads=5 does not divide model.width=128: the nearest that does is 4"),
     (  # found at once, without counting to a billion
         "--model.width 1_000_000_000_001",

@@ -197,8 +197,8 @@ def post_norm_after_residual(block, x, segment_pos):
     return NORM(x + block.mlp(NORM(x, block.mlp_norm[...])), block.mlp_post_norm[...])
 
 
-def cap_after_mask(q, k, v, mask, spec, soft_cap):
-    heads = spec("batch", "seq", "heads", None)
+def cap_after_mask(q, k, v, mask, soft_cap):
+    heads = jax.typeof(q).sharding.spec
     k, v = (jax.sharding.reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
     scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k), models.blocks.MASKED)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(soft_cap * jnp.tanh(scores / soft_cap)), v)
@@ -212,7 +212,7 @@ def interleaved_heads(q, k, v, *rest):
 NORM, ROPE, MASK, ATTENTION = (
     getattr(models.blocks, name) for name in ("rms_norm", "rope", "attention_mask", "attention")
 )
-GELU, MLP = jax.nn.gelu, models.blocks.GatedMLP
+GELU, MLP, LOCAL = jax.nn.gelu, models.blocks.GatedMLP, models.gemma.local_attention
 TRAPS = {
     "w instead of 1+w": ("gemma1 mha", models.gemma, "rms_norm", lambda x, w: NORM(x, w - 1)),
     "embedding not scaled": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(1)),
@@ -237,8 +237,8 @@ TRAPS = {
     "window counts the keys before the query": (
         "gemma2 27b",
         models.gemma,
-        "attention_mask",
-        lambda p, left: MASK(p, None if left is None else left + 1),
+        "local_attention",
+        lambda q, k, v, p, left, *rest: LOCAL(q, k, v, p, left + 1, *rest),
     ),
     "qk norm missing": ("gemma3 4b", models.gemma, "rms_norm", lambda x, w: x if x.ndim == 4 else NORM(x, w)),
     "divisor in local layers": (

@@ -13,7 +13,7 @@ from configs.overrides import resolve
 from configs.schema import MeshConfig, OptimizerConfig
 from data import open_data
 from sharding.mesh import make_mesh, one_device_mesh
-from sharding.rules import Rules
+from sharding.rules import rules_for
 from trainer.evaluate import place_batch
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.step import init_state, train_step
@@ -42,7 +42,7 @@ def three_steps(name: str, sizes: MeshConfig | None) -> tuple[list[dict], dict[s
     """Metrics of three updates on a mesh (None: one device), and the held-out sums after them."""
     config = resolve(name, [*SMALL[name].split(), "--data.batch_size", "8"]).config
     mesh = make_mesh(sizes) if sizes else one_device_mesh()
-    spec, task, data = Rules().spec, make_task(config), open_data(config.data)
+    spec, task, data = rules_for(mesh).spec, make_task(config), open_data(config.data)
     schedule = make_schedule(config.optimizer, 10)
     optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
     with jax.set_mesh(mesh):
@@ -62,6 +62,10 @@ def three_steps(name: str, sizes: MeshConfig | None) -> tuple[list[dict], dict[s
 @pytest.mark.parametrize("meshes", [MESHES, pytest.param(MORE_MESHES, marks=pytest.mark.slow)], ids=["few", "more"])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_mesh_gives_the_losses_of_one_device(name, meshes):
+    check_meshes(name, meshes)
+
+
+def check_meshes(name: str, meshes: dict[str, MeshConfig]) -> None:
     expected, expected_sums = three_steps(name, None)
     outputs = {"griffin-tiny": 264, "gemma-tiny": 264, "nfnet-tiny": 10}[name]
     assert expected[0]["loss"] == pytest.approx(math.log(outputs), rel=0.15)  # of a uniform guess
@@ -73,6 +77,11 @@ def test_every_mesh_gives_the_losses_of_one_device(name, meshes):
             assert many["learning_rate"] == one["learning_rate"], mesh
         for key, value in expected_sums.items():
             assert got_sums[key] == pytest.approx(value, rel=2e-6), (mesh, key)
+
+
+@pytest.mark.slow
+def test_devices_that_share_sequences_give_the_losses_of_one():
+    check_meshes("griffin-tiny", {"data 2, sequence 4": MeshConfig(data=2, sequence=4)})
 
 
 def test_adamw_is_the_papers_update():

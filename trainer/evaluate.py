@@ -13,7 +13,7 @@ from configs.schema import Config
 from configs.store import from_json
 from data.dataset import Dataset
 from models.params import Spec
-from sharding.rules import Rules
+from sharding.rules import rules_for
 from trainer.checkpoint import Checkpoints, StorageError, concrete
 from trainer.tasks import Batch, Task, make_task
 
@@ -47,7 +47,7 @@ def read_config(run: str | pathlib.Path) -> Config:
 def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh) -> tuple[Any, int]:
     """Model and step of a run's newest committed checkpoint, laid out on the current `mesh`; the rest is not read."""
     folder = pathlib.Path(run).expanduser() / "checkpoints"
-    abstract = jax.eval_shape(lambda key: make_task(config).init(key, Rules().spec), jax.random.key(0))
+    abstract = jax.eval_shape(lambda key: make_task(config).init(key, rules_for(mesh).spec), jax.random.key(0))
     if not folder.is_dir():
         raise StorageError(f"{run} has no checkpoint yet")
     with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:

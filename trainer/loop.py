@@ -14,7 +14,7 @@ from configs.schema import Config, ConfigError
 from data import open_data
 from data.dataset import Dataset
 from sharding.mesh import describe, make_mesh, simulate_devices
-from sharding.rules import Rules
+from sharding.rules import rules_for
 from sharding.topologies import peak_flops
 from trainer.checkpoint import Checkpoints, concrete
 from trainer.evaluate import evaluate, place_batch
@@ -40,7 +40,7 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
     use_compilation_cache(config.trainer.compilation_cache)
     folder = RunFolder(run, config, allow)
     mesh = make_mesh(config.mesh)
-    spec = Rules().spec
+    spec = rules_for(mesh).spec
     check_batch(config, mesh)
 
     data = open_data(config.data, process_index=jax.process_index(), process_count=jax.process_count())
@@ -168,7 +168,7 @@ def read(pending: tuple) -> tuple[int, dict[str, float], float]:
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    shards = Rules().size("batch", mesh)
+    shards = rules_for(mesh).size("batch", mesh)
     if config.data.batch_size % shards:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} is not a multiple of {shards}, the devices that divide a batch "

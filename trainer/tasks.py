@@ -45,7 +45,8 @@ def language_modelling(config: Config) -> Task:
 
     def token_losses(model, batch: Batch) -> jax.Array:
         logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat)
-        return cross_entropy(logits, batch["targets"]) * batch["weights"]
+        losses = cross_entropy(logits, batch["targets"])
+        return losses * reshard(batch["weights"], jax.typeof(losses).sharding.spec)  # devices may share a sequence
 
     def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
         return jnp.sum(token_losses(model, batch)) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)

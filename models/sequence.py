@@ -1,0 +1,42 @@
+"""What devices that share a sequence tell one another. For one device's arrays, inside `jax.shard_map`.
+
+`axis` is the mesh axis (or axes) that divides time, as `spec("seq")` gives it; None where sequences are whole.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Axis = str | tuple[str, ...] | None
+
+
+def left_halo(x: jax.Array, width: int, axis: Axis) -> jax.Array:
+    """The `width` entries (B width ...) of x (B T ...) that lie before this device's own; zeros before the sequence."""
+    length, devices = x.shape[1], 1 if axis is None else lax.axis_size(axis)
+    parts: list[jax.Array] = []
+    for distance in range(1, devices):
+        taken = min(width, length)
+        if taken:
+            pairs = [(i, i + distance) for i in range(devices - distance)]  # who is sent nothing gets zeros
+            parts.insert(0, lax.ppermute(x[:, length - taken :], axis, pairs))
+        width -= taken
+    return jnp.concatenate([jnp.zeros((x.shape[0], width, *x.shape[2:]), x.dtype), *parts], axis=1)
+
+
+def first_index(length: int, axis: Axis) -> jax.Array | int:
+    """Place in the sequence of the first of this device's `length` tokens."""
+    return 0 if axis is None else lax.axis_index(axis) * length
+
+
+def carried_in(decay: jax.Array, end: jax.Array, axis: Axis, *, reverse: bool = False) -> jax.Array:
+    """The state (B L) with which the recurrence reaches this device's tokens, from its left or in reverse its right.
+
+    A device's tokens take a state h to decay * h + end, both (B L) in float32: these two are all that is exchanged.
+    """
+    decays, ends = lax.all_gather((decay, end), axis)
+
+    def over(state, summary):
+        return summary[0] * state + summary[1], state
+
+    _, before = lax.scan(over, jnp.zeros_like(end), (decays, ends), reverse=reverse)
+    return lax.dynamic_index_in_dim(before, lax.axis_index(axis), keepdims=False)
