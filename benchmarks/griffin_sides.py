@@ -14,6 +14,7 @@ import optax
 
 from configs.griffin import tiny
 from configs.schema import Config, GriffinConfig, TextData
+from models.convert.peers import recurrentgemma_model
 from models.params import named_leaves
 from sharding.mesh import one_device_mesh
 from sharding.rules import Rules
@@ -98,25 +99,8 @@ def ours(config: Config) -> Side:
 
 def reference(config: Config) -> Side:
     """As its documentation calls it; it has one number for attention heads and gate blocks."""
-    from recurrentgemma import common
-    from recurrentgemma.jax import Griffin
-
-    model, trainer = config.model, config.trainer
-    assert isinstance(model, GriffinConfig)
-    assert model.num_heads == model.num_gate_blocks
-    kinds = {"rec": common.TemporalBlockType.RECURRENT, "attn": common.TemporalBlockType.ATTENTION}
-    theirs = common.GriffinConfig(
-        vocab_size=model.vocab_size,
-        width=model.width,
-        mlp_expanded_width=model.mlp_width,
-        num_heads=model.num_heads,
-        block_types=tuple(kinds[model.pattern[i % len(model.pattern)]] for i in range(model.depth)),
-        embeddings_scale_by_sqrt_dim=model.embedding_scale,
-        attention_window_size=model.window,
-        logits_soft_cap=model.logits_soft_cap,
-        lru_width=model.rnn_width,
-    )
-    network = Griffin(theirs, gradient_checkpointing=False, dtype=jnp.dtype(trainer.compute_dtype))
+    assert isinstance(config.model, GriffinConfig)
+    network = recurrentgemma_model(config.model)
     tokens = jnp.zeros((1, 2), jnp.int32)
     parameters = network.init(jax.random.key(0), tokens, tokens)["params"]
 
