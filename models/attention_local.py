@@ -54,9 +54,8 @@ def _blocked(
 
     size = min(reach, length)
     blocks = -(-length // size)
-    missing = (
-        blocks * size - length
-    )  # whole blocks: these queries are cut off again, these keys are too late for others
+    # Whole blocks: the added queries are cut off again, the added keys come too late for the others.
+    missing = blocks * size - length
 
     def padded(x):
         return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))

@@ -25,10 +25,8 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, config: CheckpointConfig):
         self.folder = folder
-        for narrator in (
-            "absl",
-            "asyncio",
-        ):  # orbax narrates saves, and each part of one that fails; the cause is raised
+        # orbax narrates saves, and each part of one that fails; the cause itself is raised.
+        for narrator in ("absl", "asyncio"):
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
