@@ -1,5 +1,6 @@
 """The two Griffins that `benchmarks.step` compares: same parameters, same batch, each in its own natural form."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from configs.griffin import tiny
-from configs.schema import Config, GriffinConfig, TextData
+from configs.griffin import PAPER, tiny
+from configs.schema import Config, GriffinConfig, TextData, TrainerConfig
 from models.convert.peers import recurrentgemma_model
 from models.params import named_leaves
 from sharding.mesh import one_device_mesh
@@ -21,7 +22,33 @@ from sharding.rules import Rules
 from trainer.checkpoint import concrete
 from trainer.tasks import make_task
 
-WARM_UP, STEPS = 2, 8
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compared, and how many steps of it a process measures after how many that it doesn't."""
+
+    config: Callable[[], Config]
+    warm_up: int
+    steps: int
+
+
+def of_400m(depth: int, vocab_size: int, rows: int, length: int) -> Config:
+    """The 400M's layers with 16 heads, since the reference has one number for heads and gate blocks, 16 in the paper."""
+    config = PAPER["griffin-400m"]()
+    assert isinstance(config.model, GriffinConfig)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, depth=depth, vocab_size=vocab_size, num_heads=16),
+        data=TextData(batch_size=rows, sequence_length=length),
+        trainer=TrainerConfig(remat="dots"),
+    )
+
+
+CASES = {
+    "tiny": Case(tiny, warm_up=2, steps=8),
+    "block": Case(lambda: of_400m(depth=3, vocab_size=264, rows=1, length=2048), warm_up=1, steps=3),
+    "400m": Case(lambda: of_400m(depth=12, vocab_size=256_000, rows=1, length=256), warm_up=1, steps=2),
+}
 # The reference's names of a block's parameters, piece by piece, and ours.
 RENAMED = (
     ("temporal_pre_norm/scale", "temporal_norm"),
@@ -38,9 +65,9 @@ Batch = dict[str, np.ndarray]
 Side = tuple[Any, Callable[[Any, Batch], jax.Array]]  # parameters, loss(parameters, batch)
 
 
-def measure(side: str) -> None:
+def measure(side: str, case: Case) -> None:
     """Print the figures of "podwright" or "recurrentgemma" as JSON."""
-    config = tiny()
+    config = case.config()
     batch = random_batch(config)
     with jax.set_mesh(one_device_mesh()):
         parameters, loss = {"podwright": ours, "recurrentgemma": reference}[side](config)
@@ -48,7 +75,7 @@ def measure(side: str) -> None:
         program = jax.jit(jax.value_and_grad(loss)).lower(parameters, batch).compile()
         compile_seconds = time.perf_counter() - start
         wall, cpu = [], []
-        for _ in range(WARM_UP + STEPS):
+        for _ in range(case.warm_up + case.steps):
             start, used = time.perf_counter(), time.process_time()
             value, gradient = jax.block_until_ready(program(parameters, batch))
             wall.append(time.perf_counter() - start)
@@ -57,8 +84,8 @@ def measure(side: str) -> None:
     assert memory
     rows, length = batch["tokens"].shape
     figures = {
-        "tokens_per_second": rows * length / statistics.median(wall[WARM_UP:]),
-        "cpu_seconds": statistics.median(cpu[WARM_UP:]),
+        "tokens_per_second": rows * length / statistics.median(wall[case.warm_up :]),
+        "cpu_seconds": statistics.median(cpu[case.warm_up :]),
         "compile_seconds": compile_seconds,
         "temporary_mib": memory.temp_size_in_bytes / 2**20,
         "loss": float(value),

@@ -1,6 +1,7 @@
-"""Forward and backward pass of griffin-tiny: ours against DeepMind's `recurrentgemma`, on equal parameters.
+"""Forward and backward pass of a Griffin: ours against DeepMind's `recurrentgemma`, on equal parameters.
 
-Run as `python -m benchmarks.step [--out FILE]`; needs the extra `parity`. Each side runs in a process of its own, one
+Run as `python -m benchmarks.step [--case tiny|block|400m] [--out FILE]`; needs the extra `parity`: griffin-tiny, one
+group (rec, rec, attn) of the 400M's width on 2,048 tokens, or the whole 400M on 256 tokens (12 GB of memory). Each side runs in a process of its own, one
 at a time and taking turns, so that what else the machine does falls on both.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from benchmarks.tables import arguments, machine, publish, table
 
+CASES = {"tiny": "griffin-tiny", "block": "one group of Griffin 400M", "400m": "Griffin 400M"}
 ROUNDS = 3
 SIDES = ("podwright", "recurrentgemma")
 # key of a measurement, what it is, how to print it
@@ -25,19 +27,19 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, CASES)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for turn in range(ROUNDS):
         for side in SIDES if turn % 2 == 0 else reversed(SIDES):  # neither is always the one that runs second
-            found[side].append(measure(side))
+            found[side].append(measure(side, options.case))
             speed = found[side][-1]["tokens_per_second"]
             print(f"round {turn + 1}/{ROUNDS}: {side} {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-    publish(report(found), options.out)
+    publish(report(found, options.case), options.out)
 
 
-def measure(side: str) -> dict[str, float]:
+def measure(side: str, case: str) -> dict[str, float]:
     """One side's figures, from a new process on one CPU device."""
-    program = f"from benchmarks.griffin_sides import measure; measure({side!r})"
+    program = f"from benchmarks.griffin_sides import CASES, measure; measure({side!r}, CASES[{case!r}])"
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
@@ -45,7 +47,7 @@ def measure(side: str) -> dict[str, float]:
     return json.loads(ended.stdout)
 
 
-def report(found: dict[str, list[dict[str, float]]]) -> list[str]:
+def report(found: dict[str, list[dict[str, float]]], case: str) -> list[str]:
     ours, theirs = (found[side] for side in SIDES)
     rows = []
     for key, name, show in FIGURES:
@@ -65,12 +67,12 @@ def report(found: dict[str, list[dict[str, float]]]) -> list[str]:
     count = ours[0]["parameters"]
     assert count == theirs[0]["parameters"]
     return [
-        "# One step of griffin-tiny",
+        f"# One step of {CASES[case]}",
         "",
         *table(("", *SIDES, "ratio, median of rounds (range)"), rows),
         "",
         f"{count:,.0f} equal parameters, {ours[0]['rows']:.0f} rows of {ours[0]['length']:.0f} tokens, float32; medians "
-        f"of {ROUNDS} rounds. Ours saves matrix products and recomputes what lies between (its config's remat=dots), the "
+        f"of {ROUNDS} rounds. Ours saves matrix products and recomputes what lies between (remat=dots), the "
         f"reference saves everything, which is its faster way.",
         machine(),
     ]

@@ -3,13 +3,15 @@
 import argparse
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of every benchmark."""
+def arguments(description: str | None, cases: Collection[str] = ()) -> argparse.Namespace:
+    """The command line of every benchmark; the first of several cases is the default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", help="also write the table to this markdown file")
+    if cases:
+        parser.add_argument("--case", choices=cases, default=next(iter(cases)))
     return parser.parse_args()
 
 

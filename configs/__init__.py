@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import gemma, griffin, nfnet
+from configs import gemma, griffin, nfnet, studies
 from configs.schema import Config
 
 EXPERIMENTS: dict[str, Callable[[], Config]] = {
@@ -12,4 +12,5 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **griffin.PAPER,
     "recurrentgemma-2b": griffin.recurrentgemma_2b,
     "recurrentgemma-9b": griffin.recurrentgemma_9b,
+    **studies.STUDIES,
 }

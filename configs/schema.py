@@ -247,6 +247,35 @@ class TextData(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecallData(Section):
+    """Made-up rows that ask for what stood earlier in them: selective copying and induction heads, arXiv 2402.19427, 6.2."""
+
+    section: ClassVar[str] = "data"
+    kind: ClassVar[str] = "recall"
+    task: str = setting(
+        "selective-copy",
+        "repeat the few symbols among noise in order, or name the one that followed a marker",
+        choices=("selective-copy", "induction"),
+        changes=_DATA,
+    )
+    num_symbols: int = setting(
+        16, "ids in all: the last is the marker, the copying task's first is noise", low=4, changes=_DATA
+    )
+    sequence_length: int = setting(272, "tokens a row T, the questions included", low=4, changes=(*_DATA, "recompile"))
+    num_copied: int = setting(16, "symbols to copy (selective-copy)", low=1, changes=_DATA)
+    batch_size: int = setting(32, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
+    held_out_rows: int = setting(512, "rows kept for evaluation", low=1, changes=_DATA)
+    seed: int = setting(0, "which rows there are", low=0, changes=_DATA)
+
+    def check(self) -> None:
+        if self.task == "selective-copy" and self.sequence_length < 2 * self.num_copied:
+            raise ConfigError(
+                f"{self.show('num_copied')} does not fit twice into {self.show('sequence_length')}: at most "
+                f"{self.sequence_length // 2} does"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageData(Section):
     """Labelled images."""
 
@@ -343,7 +372,7 @@ class EvalConfig(Section):
 
 
 ModelConfig = GriffinConfig | GemmaConfig | NFNetConfig
-DataConfig = TextData | ImageData
+DataConfig = TextData | RecallData | ImageData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +389,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
-        text, image = isinstance(self.data, TextData), isinstance(self.model, NFNetConfig)
+        text, image = not isinstance(self.data, ImageData), isinstance(self.model, NFNetConfig)
         if text == image:
             raise ConfigError(
                 f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
@@ -371,7 +400,7 @@ class Config:
                 f"{self.mesh.show('sequence')} contradicts model.kind={self.model.kind!r}: only griffin can divide a "
                 f"sequence among devices, the others need mesh.sequence=1"
             )
-        if isinstance(self.data, TextData) and self.data.sequence_length % self.mesh.sequence:
+        if not isinstance(self.data, ImageData) and self.data.sequence_length % self.mesh.sequence:
             raise ConfigError(
                 f"{self.data.show('sequence_length')} is not a multiple of {self.mesh.show('sequence')}, the devices "
                 f"that share a sequence"

@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from configs.schema import DataConfig, ImageData, TextData
+from configs.schema import DataConfig, ImageData, RecallData, TextData
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
+from data.recall import open_recall
 from data.text import open_text
 
 SOURCES: dict[str, Callable[[Any], Dataset]] = {
     TextData.kind: open_text,
+    RecallData.kind: open_recall,
     ImageData.kind: open_images,
 }
 

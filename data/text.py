@@ -88,6 +88,21 @@ def held_out_bytes(config: TextData) -> bytes:
     return b"".join(d.text.encode() for d in open_corpus(config).split(held_out=True))
 
 
+def held_out_stretches(config: TextData, length: int) -> np.ndarray:
+    """int32 [n, length + 1]: whole stretches of held-out documents, BOS before each. The first of every document comes
+    before the second of any. Raises DataError if no document is that long."""
+    corpus = open_corpus(config)
+    tokenizer = corpus_tokenizer(config, corpus)
+    found = []
+    for document in corpus.split(held_out=True):
+        ids = tokenizer.encode(document.text)
+        found += [(i, ids[i * length : (i + 1) * length]) for i in range(len(ids) // length)]
+    if not found:
+        raise DataError(f"no held-out document of {corpus.folder} has {length} tokens")
+    found.sort(key=lambda stretch: stretch[0])  # stable: documents keep their order
+    return np.stack([np.concatenate([[tokenizer.bos_id], ids]) for _, ids in found]).astype(np.int32)
+
+
 def bigram_entropy(text: bytes) -> float:
     """Bits a byte, given the byte before, by the text's own frequencies: no bigram model does better."""
     symbols = np.frombuffer(text, np.uint8).astype(np.int64)

@@ -90,6 +90,13 @@ def demo(argv: list[str]) -> int:
     return main(argv)
 
 
+def study(argv: list[str]) -> int:
+    """train and compare the models of a study: study NAME [--to DIR] [--full] [--section.field VALUE]"""
+    from launch.study import main
+
+    return main(argv)
+
+
 def configs(argv: list[str]) -> int:
     """list the experiments"""
     from launch.config_commands import configs as run
@@ -115,6 +122,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "logits": logits,
     "import": import_checkpoint,
     "export": export,
+    "study": study,
 }
 
 

@@ -1,5 +1,6 @@
 """A task ties model, loss, data and metrics; the loop sees only this interface. Adding a task = a function and a line."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import reshard
 
-from configs.schema import Config, ConfigError, NFNetConfig, TextData
+from configs.schema import Config, ConfigError, ImageData, NFNetConfig
 from models import FAMILIES
 from models.params import Init, Spec
 
@@ -40,7 +41,7 @@ def make_task(config: Config) -> Task:
 def language_modelling(config: Config) -> Task:
     """Next-token prediction; judged by bits per byte, which no choice of tokenizer can flatter."""
     family, data, trainer = FAMILIES[config.model.kind], config.data, config.trainer
-    assert isinstance(data, TextData)
+    assert not isinstance(data, ImageData)
     dtype, remat = jnp.dtype(trainer.compute_dtype), trainer.remat
 
     def token_losses(model, batch: Batch) -> jax.Array:
@@ -78,11 +79,34 @@ def language_modelling(config: Config) -> Task:
     )
 
 
+def recall(config: Config) -> Task:
+    """Next-symbol prediction where rows ask for it; judged by the share of questions answered wrongly."""
+    dtype = jnp.dtype(config.trainer.compute_dtype)
+
+    def evaluate(model, batch: Batch) -> Sums:
+        logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype)
+        losses = cross_entropy(logits, batch["targets"])
+        targets, weights = (reshard(batch[n], jax.typeof(losses).sharding.spec) for n in ("targets", "weights"))
+        wrong = jnp.argmax(logits, axis=-1) != targets
+        return {
+            "nats": jnp.sum(losses * weights),
+            "wrong": jnp.sum(wrong * weights),
+            "questions": jnp.sum(weights),
+        }
+
+    def summarise(sums: dict[str, float]) -> dict[str, float]:
+        count = max(sums["questions"], 1.0)
+        return {"error_rate": sums["wrong"] / count, "loss": sums["nats"] / count}
+
+    task = language_modelling(config)
+    return dataclasses.replace(task, evaluate=evaluate, summarise=summarise, headline="error_rate")
+
+
 def image_classification(config: Config) -> Task:
     """Softmax classification with label smoothing; judged by the error rate on held-out images."""
     family, data = FAMILIES[config.model.kind], config.data
     assert isinstance(config.model, NFNetConfig)
-    assert not isinstance(data, TextData)
+    assert isinstance(data, ImageData)
     dtype = jnp.dtype(config.trainer.compute_dtype)
 
     def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
@@ -127,7 +151,11 @@ def check_fits(config: Config, manifest: dict) -> None:
             raise ConfigError(f"model.{field}={given} does not fit the data, which needs {needed}")
 
 
-TASKS: dict[str, Callable[[Config], Task]] = {"text": language_modelling, "images": image_classification}
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "text": language_modelling,
+    "recall": recall,
+    "images": image_classification,
+}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

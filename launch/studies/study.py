@@ -1,0 +1,61 @@
+"""What a study is: runs to train, figures to take from them, a table and a plot of the figures."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from configs.schema import Config, ConfigError
+
+Figures = dict[str, Any]  # JSON-able
+COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  # the same in every plot
+
+
+@dataclass(frozen=True)
+class Study:
+    question: str  # one line
+    configs: tuple[str, ...]  # small enough for a laptop
+    full: tuple[str, ...]  # as published
+    measure: Callable[[dict[str, pathlib.Path]], Figures]  # run folders by config name, all of them trained
+    table: Callable[[Figures], list[str]]
+    draw: Callable[[Figures, Any], None]  # on a matplotlib figure
+
+
+def family(config: str) -> str:
+    """Hawk, griffin or transformer, from a config's name."""
+    return next(name for name in COLOURS if name in config)
+
+
+def new_figure():
+    """An empty matplotlib figure. Raises ConfigError where matplotlib isn't installed."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "podwright study draws with matplotlib, which is not installed: pip install 'podwright[plots]'"
+        ) from None
+    # The same figures make the same file; letters stay letters.
+    matplotlib.rcParams |= {"svg.hashsalt": "podwright", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
+    matplotlib.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    return Figure(figsize=(7.5, 3.6), layout="constrained")
+
+
+@contextlib.contextmanager
+def trained(run: pathlib.Path) -> Iterator[tuple[Config, Any, Any]]:
+    """Config, model and `place` (host batch to devices) of a run's newest checkpoint, within its mesh."""
+    import functools
+
+    import jax
+
+    from sharding.mesh import make_mesh, simulate_devices
+    from sharding.rules import rules_for
+    from trainer.evaluate import load_model, place_batch, read_config
+
+    config = read_config(run)
+    simulate_devices(config.mesh)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model, _ = load_model(run, config, mesh)
+        yield config, model, functools.partial(place_batch, mesh=mesh, spec=rules_for(mesh).spec)

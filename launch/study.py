@@ -1,0 +1,65 @@
+"""`podwright study NAME`: trains the runs of a study, or resumes them, then measures, prints a table and draws a plot."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import textwrap
+
+from configs.overrides import resolve
+from configs.schema import ConfigError
+from configs.suggestions import perhaps
+from launch.studies import STUDIES
+from launch.studies.study import Study, new_figure
+
+USAGE = """\
+podwright study NAME [--to DIR] [--full] [--section.field VALUE ...]
+Trains the study's runs in DIR (runs/study-NAME), one after the other, and leaves figures.json and plot.svg there.
+Started again it resumes. --full takes the published sizes; overrides go to every run."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, *(f"  {name:<16}{study.question}" for name, study in STUDIES.items()), sep="\n")
+        return 0
+    name, *rest = argv
+    if name not in STUDIES:
+        raise ConfigError(f"there is no study {name!r}, {perhaps(name, STUDIES)}")
+    study = STUDIES[name]
+    configs = study.full if "--full" in rest else study.configs
+    options = {"to": "DIR", "full": ""}
+    resolved = [resolve(config, rest, options) for config in configs]  # mistakes are told before anything trains
+    folder = pathlib.Path(resolved[0].options.get("to") or f"runs/study-{name}")
+    figure = new_figure()
+    runs = {config: folder / config for config in configs}
+    for config, run in runs.items():
+        command = ["train", config, "--run", str(run), *overrides(rest)]
+        print(f"\n$ {shlex.join(['podwright', *command])}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "launch", *command]).returncode
+        if code:
+            return code
+    report(study, runs, folder, figure)
+    return 0
+
+
+def overrides(argv: list[str]) -> list[str]:
+    """Without the options of `podwright study` itself."""
+    kept, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--to":
+            words.pop(0)
+        elif word != "--full" and not word.startswith("--to="):
+            kept.append(word)
+    return kept
+
+
+def report(study: Study, runs: dict[str, pathlib.Path], folder: pathlib.Path, figure) -> None:
+    print("\nmeasuring", flush=True)
+    figures = study.measure(runs)
+    study.draw(figures, figure)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    figure.savefig(folder / "plot.svg", metadata={"Date": None})
+    print("\n".join(["", *textwrap.wrap(study.question), "", *study.table(figures)]))
+    print(f"\nplot {folder / 'plot.svg'}, figures {folder / 'figures.json'}")
