@@ -411,6 +411,13 @@ class Config:
                 f"only language models know it, 'none' and 'layer' are for all"
             )
 
+    def notes(self) -> list[str]:
+        """What is allowed but may not be meant, a sentence each."""
+        model, data = self.model, self.data
+        if isinstance(model, NFNetConfig) or isinstance(data, ImageData) or model.window <= data.sequence_length:
+            return []
+        return [f"{model.show('window')} is longer than {data.show('sequence_length')}: attention sees whole rows"]
+
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config) if f.name != "name")
 KINDS: dict[str, dict[str, type]] = {

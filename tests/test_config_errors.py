@@ -224,3 +224,10 @@ def test_a_mistake_in_an_experiment_names_the_whole_path_too():
 def test_a_model_does_not_accept_the_other_modality(parts):
     with pytest.raises(ConfigError, match=r"data\.kind='\w+' contradicts model\.kind='\w+': \w+ trains on"):
         Config(name="mixed", model=parts[0], data=parts[1])
+
+
+def test_a_window_longer_than_a_row_is_told_though_allowed():
+    notes = resolve("griffin-tiny", ["--model.window", "512"]).config.notes()
+    assert notes == ["model.window=512 is longer than data.sequence_length=256: attention sees whole rows"]
+    assert resolve("griffin-tiny", ["--model.window", "256"]).config.notes() == []
+    assert resolve("nfnet-tiny").config.notes() == []

@@ -158,6 +158,7 @@ def plan(
         + (": too few steps to reach the peak" if optimizer.warmup_steps > trainer.steps else ""),
         f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
         f"state       {'new, from seed ' + str(trainer.seed) if latest is None else f'resume from step {latest}'}",
+        *(f"note        {note}" for note in config.notes()),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
 
