@@ -44,7 +44,7 @@ def main() -> None:
 
 def read(model: Griffin, length: int):
     """The state after `length` random tokens of one document."""
-    state = open_state(model, 1, DTYPE, 0)
+    state = open_state(model, 1, DTYPE, length)
     tokens = np.random.default_rng(0).integers(0, 256, (1, length), dtype=np.int32)
     positions = np.arange(length, dtype=np.int32)[None]
     padding = -length % CHUNK

@@ -121,7 +121,6 @@ class Sampler:
                 dtype=dtype,
                 draw=Draw(options.temperature, options.top_k, options.top_p),
                 vocab_size=tokenizer.vocab_size,
-                context=self.data.sequence_length,
                 seed=options.seed,
                 eos_id=tokenizer.eos_id,
             )
@@ -135,23 +134,21 @@ class Sampler:
             seconds = times[-1] - times[0]
             rate = f", {drawn_later / seconds:.0f} tokens/s after the first" if drawn_later else ""
             length = max(map(len, ids)) + len(times)
-            self.figures = f"{count} tokens{rate}; {memory(model, dtype, self.data.sequence_length, length)}"
+            self.figures = f"{count} tokens{rate}; {memory(model, dtype, length)}"
 
 
-def memory(model: Any, dtype: Any, context: int, length: int) -> str:
+def memory(model: Any, dtype: Any, length: int) -> str:
     """What the model remembers of a sequence, next to a Transformer's keys and values after `length` tokens."""
     import jax
 
-    from configs.schema import GriffinConfig
     from models.decode import open_state
     from models.state import state_bytes, transformer_bytes
 
-    if not isinstance(model.config, GriffinConfig):
-        return f"{model.config.kind} has no state yet and reads the latest {context} tokens again for each new one"
-    kept = state_bytes(jax.eval_shape(lambda: open_state(model, 1, dtype, context)))
+    kept = state_bytes(jax.eval_shape(lambda: open_state(model, 1, dtype, length)))
     cache = transformer_bytes(model.config, length, dtype)
+    always = "" if "global" in model.config.pattern else " at any length"
     return (
-        f"state {kept / 1e3:,.0f} kB a sequence at any length, keys and values of a Transformer of this size "
+        f"state {kept / 1e3:,.0f} kB a sequence{always}, keys and values of a Transformer of this size "
         f"{cache / 1e3:,.0f} kB at {length:,} tokens"
     )
 

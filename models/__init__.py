@@ -15,12 +15,12 @@ class Family:
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool] = lambda name: True  # parameter name -> adaptive gradient clipping applies
     init_state: Callable | None = (
-        None  # (config, batch, dtype, spec) -> what a model that samples token by token passes on
+        None  # (config, batch, dtype, spec, capacity) -> what a model passes on from call to call
     )
 
 
 FAMILIES = {
     "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays, init_state=state.init_state),
-    "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays),
+    "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays, init_state=state.init_state),
     "nfnet": Family(nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips),
 }

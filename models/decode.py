@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import reshard
-from jax.tree_util import register_dataclass
 
 from configs.schema import ConfigError
 from models import FAMILIES
@@ -32,35 +31,17 @@ class Draw:
     top_p: float = 1.0  # of those, the fewest likeliest that have this probability together
 
 
-@register_dataclass
-@dataclass(frozen=True)
-class Context:
-    """Stands in for the state of a model that has none: the latest tokens, all read again for each new one."""
-
-    tokens: jax.Array  # (B context)
-    positions: jax.Array  # (B context)
-
-
-def open_state(model: Any, batch: int, dtype: jnp.dtype, context: int) -> Any:
-    """The state before the first token. `context`: tokens that a model without a state of its own sees."""
-    spec, init = model.embedding.spec, FAMILIES[model.config.kind].init_state
-    if init is not None:
-        return init(model.config, batch, dtype, spec)
-    shape, rows = (batch, context), spec("batch", None)
-    return Context(jnp.zeros(shape, jnp.int32, out_sharding=rows), jnp.full(shape, -1, jnp.int32, out_sharding=rows))
+def open_state(model: Any, batch: int, dtype: jnp.dtype, capacity: int) -> Any:
+    """The state before the first of at most `capacity` tokens."""
+    init = FAMILIES[model.config.kind].init_state
+    assert init is not None, f"{model.config.kind} does not decode"
+    return init(model.config, batch, dtype, model.embedding.spec, capacity)
 
 
 def advance(model: Any, state: Any, tokens: jax.Array, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
     """Logits (B V) after the last of these tokens (B T), the same on every device, and the new state."""
-    spec = model.embedding.spec
-    if isinstance(state, Context):
-        rows, context = spec("batch", None), state.tokens.shape[1]
-        pairs = ((state.tokens, tokens), (state.positions, positions))
-        state = Context(*(jnp.concatenate([a, reshard(b, rows)], axis=1)[:, -context:] for a, b in pairs))
-        logits = model(state.tokens, state.positions, dtype=dtype)
-    else:
-        logits, state = model(tokens, positions, dtype=dtype, state=state)
-    return reshard(logits[:, -1], spec(None, None)), state
+    logits, state = model(tokens, positions, dtype=dtype, state=state)
+    return reshard(logits[:, -1], model.embedding.spec(None, None)), state
 
 
 @functools.partial(jax.jit, static_argnames="dtype", donate_argnames="state")
@@ -106,7 +87,6 @@ def generate(
     dtype: jnp.dtype,
     draw: Draw,
     vocab_size: int,
-    context: int,
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[np.ndarray]:
@@ -120,7 +100,9 @@ def generate(
         raise ConfigError("there are 0 prompts to continue: at least one is needed")
     model = jax.jit(cast_kernels, static_argnums=1)(model, dtype)  # once, and not for every token
     tokens, positions = left_padded(prompts)
-    state = open_state(model, len(prompts), dtype, context)
+    # A power of two, so that few texts of other lengths are another program.
+    capacity = 1 << (tokens.shape[1] + num_tokens - 1).bit_length()
+    state = open_state(model, len(prompts), dtype, capacity)
     for start in range(0, tokens.shape[1] - 1, CHUNK):
         chunk = slice(start, start + CHUNK)
         state = prefill(model, state, tokens[:, chunk], positions[:, chunk], dtype)

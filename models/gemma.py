@@ -15,6 +15,7 @@ from models.attention_local import local_attention
 from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
 from models.griffin import embedding_scale
 from models.params import Init, cast_kernels, zeros
+from models.state import KeyValues, State, advance, ring_attention, visible
 
 
 class Gemma(nnx.Module):
@@ -29,15 +30,30 @@ class Gemma(nnx.Module):
         self.final_norm = init.param("final_norm", (config.width,), (None,), zeros)
 
     def __call__(
-        self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: str = "none"
-    ) -> jax.Array:
-        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding."""
+        self,
+        tokens: jax.Array,
+        segment_pos: jax.Array,
+        *,
+        dtype: jnp.dtype,
+        remat: str = "none",
+        state: State | None = None,
+    ) -> jax.Array | tuple[jax.Array, State]:
+        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding.
+
+        With a state (see models/state.py) the tokens continue those it has seen, and (logits, new state) is returned.
+        """
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         # The head reads the table without this scale.
         x = model.embedding(tokens) * embedding_scale(self.config.width).astype(dtype)
-        x = model.layers(x, segment_pos, remat=remat)
-        return model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+        if state is None:
+            x = model.layers(x, segment_pos, remat=remat)
+        else:
+            documents, masks = visible(state, segment_pos, self.config)
+            x, layers = model.layers.step(x, state.layers, segment_pos, masks)
+            state = advance(state, layers, documents)
+        logits = model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+        return logits if state is None else (logits, state)
 
 
 class Block(nnx.Module):
@@ -56,7 +72,13 @@ class Block(nnx.Module):
         self.mlp_post_norm = init.param("mlp_post_norm", (width,), (None,), zeros) if post else None
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
-        h = self.attention(rms_norm(x, self.attention_norm[...]), segment_pos)
+        return self.after_attention(x, self.attention(rms_norm(x, self.attention_norm[...]), segment_pos))
+
+    def step(self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]):
+        h, new = self.attention.step(rms_norm(x, self.attention_norm[...]), ring, segment_pos, masks)
+        return self.after_attention(x, h), new
+
+    def after_attention(self, x: jax.Array, h: jax.Array) -> jax.Array:
         # A post norm acts on the sub-layer's output, before it is added (Gemma 2 report, section 2).
         x = x + (h if self.attention_post_norm is None else rms_norm(h, self.attention_post_norm[...]))
         h = self.mlp(rms_norm(x, self.mlp_norm[...]))
@@ -76,24 +98,35 @@ class Attention(nnx.Module):
         )
         self.q_norm = init.param("q_norm", (head,), (None,), zeros) if config.qk_norm else None
         self.k_norm = init.param("k_norm", (head,), (None,), zeros) if config.qk_norm else None
-        local = kind == "local"
+        self.kind, local = kind, kind == "local"
         self.left = config.window - 1 if local else None  # attention_mask counts the keys before the query
         self.base = config.rope_base_local if local else config.rope_base_global
         # Positions are compressed in global layers only, to extend the context (Gemma 3 report, section 2).
         self.divisor = 1.0 if local else config.rope_divisor_global
         self.query_scale = config.query_scale or head**-0.5
-        self.soft_cap = config.attention_soft_cap
+        self.soft_cap, self.spec = config.attention_soft_cap, init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
+        q, k, v = self.projected(x, segment_pos)
+        if self.left is None:
+            return self.out(attention(q, k, v, attention_mask(segment_pos, None), self.soft_cap))
+        return self.out(local_attention(q, k, v, segment_pos, self.left, self.soft_cap))
+
+    def step(
+        self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]
+    ) -> tuple[jax.Array, KeyValues]:
+        q, k, v = self.projected(x, segment_pos)
+        new = KeyValues(*(reshard(t, self.spec("batch", None, "kv_heads", None)) for t in (k, v)))
+        return self.out(ring_attention(q, ring, new, masks[self.kind], self.spec, self.soft_cap)), new
+
+    def projected(self, x: jax.Array, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled queries (B T N H), keys and values (B T K H)."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         q = rope(q, segment_pos, base=self.base, divisor=self.divisor)
         k = rope(k, segment_pos, base=self.base, divisor=self.divisor)
-        q = q * np.asarray(self.query_scale, q.dtype)
-        if self.left is None:
-            return self.out(attention(q, k, v, attention_mask(segment_pos, None), self.soft_cap))
-        return self.out(local_attention(q, k, v, segment_pos, self.left, self.soft_cap))
+        return q * np.asarray(self.query_scale, q.dtype), k, v
 
 
 def decays(name: str) -> bool:

@@ -15,12 +15,12 @@ from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
 from models.attention_local import local_attention
-from models.blocks import MASKED, Embedding, GatedMLP, Linear, Stack, rms_norm, rope
+from models.blocks import Embedding, GatedMLP, Linear, Stack, rms_norm, rope
 from models.params import Init, Spec, cast_kernels, normal, parts, zeros
 from models.rg_lru import rg_lru_scan, rg_lru_shared
 from models.scan import Implementation
 from models.sequence import left_halo
-from models.state import KeyValues, RecurrenceState, State, advance, visible
+from models.state import KeyValues, RecurrenceState, State, advance, ring_attention, visible
 
 
 class Griffin(nnx.Module):
@@ -56,8 +56,8 @@ class Griffin(nnx.Module):
         if state is None:
             x = model.layers(x, segment_pos, remat=remat)
         else:
-            documents, mask = visible(state, segment_pos, self.config.window)
-            x, layers = model.layers.step(x, state.layers, segment_pos, mask)
+            documents, masks = visible(state, segment_pos, self.config)
+            x, layers = model.layers.step(x, state.layers, segment_pos, masks)
             state = advance(state, layers, documents)
         logits = model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
         return logits if state is None else (logits, state)
@@ -91,8 +91,8 @@ class Block(nnx.Module):
         x = x + self.mixer(rms_norm(x, self.temporal_norm[...]), segment_pos)
         return x + self.mlp(rms_norm(x, self.mlp_norm[...]))
 
-    def step(self, x: jax.Array, state, segment_pos: jax.Array, mask: jax.Array):
-        h, state = self.mixer.step(rms_norm(x, self.temporal_norm[...]), state, segment_pos, mask)
+    def step(self, x: jax.Array, state, segment_pos: jax.Array, masks: dict[str, jax.Array]):
+        h, state = self.mixer.step(rms_norm(x, self.temporal_norm[...]), state, segment_pos, masks)
         x = x + h
         return x + self.mlp(rms_norm(x, self.mlp_norm[...])), state
 
@@ -121,7 +121,7 @@ class Recurrence(nnx.Module):
         return self.linear_out(h * y)
 
     def step(
-        self, x: jax.Array, state: RecurrenceState, segment_pos: jax.Array, mask: jax.Array
+        self, x: jax.Array, state: RecurrenceState, segment_pos: jax.Array, masks: dict[str, jax.Array]
     ) -> tuple[jax.Array, RecurrenceState]:
         y = jax.nn.gelu(self.linear_y(x))
         # Positions mask the earlier inputs by themselves, of padding and of other documents, too; theirs don't matter.
@@ -262,34 +262,17 @@ class LocalAttention(nnx.Module):
         return self.out(local_attention(q, k, v, segment_pos, self.window))
 
     def step(
-        self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, mask: jax.Array
+        self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]
     ) -> tuple[jax.Array, KeyValues]:
         q, k, v = self.projected(x, segment_pos)
         new = KeyValues(*(reshard(t, self.spec("batch", None, "kv_heads", None)) for t in (k, v)))
-        return self.out(ring_attention(q, ring, new, mask, self.spec)), new
+        return self.out(ring_attention(q, ring, new, masks["attn"], self.spec)), new
 
     def projected(self, x: jax.Array, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled queries (B T N H), keys and values (B T 1 H)."""
         q = rope(self.q(x), segment_pos, base=1e4, fraction=0.5)
         k = rope(self.k(x), segment_pos, base=1e4, fraction=0.5)
         return q * np.asarray(q.shape[-1] ** -0.5, q.dtype), k, self.v(x)
-
-
-def ring_attention(q: jax.Array, ring: KeyValues, new: KeyValues, mask: jax.Array, spec: Spec) -> jax.Array:
-    """Softmax attention (B T N H) over the ring's keys and then a call's own, mask (B T W+T); one key-value head.
-
-    The two parts are never joined, nor repeated for the query heads: that would copy the ring for every token.
-    """
-    parts, out = (ring, new), spec("batch", "heads", None, None)
-    products = [jnp.einsum("btnh,bsh->bnts", q, part.keys[:, :, 0], out_sharding=out) for part in parts]
-    scores = jnp.where(mask[:, None], jnp.concatenate(products, axis=-1).astype(jnp.float32), MASKED)
-    weights = jnp.split(jax.nn.softmax(scores, axis=-1).astype(q.dtype), [ring.keys.shape[1]], axis=-1)
-    heads = spec("batch", "seq", "heads", None)
-    old, own = (
-        jnp.einsum("bnts,bsh->btnh", w, part.values[:, :, 0], out_sharding=heads)
-        for w, part in zip(weights, parts, strict=True)
-    )
-    return old + own
 
 
 def decays(name: str) -> bool:

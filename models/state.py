@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import register_dataclass
 
-from configs.schema import GriffinConfig
+from configs.schema import GemmaConfig, GriffinConfig
+from models.blocks import MASKED
 from models.params import Spec
 
 EMPTY = -1  # the document of a slot that holds no token yet; real ones count from 0
@@ -37,17 +38,49 @@ class KeyValues:
 @register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Token number i, counted from the state's beginning and over padding, too, is in slot i mod W of every ring."""
+    """Token number i, counted from the state's beginning and over padding, too, is in slot i mod W of a ring of W."""
 
     layers: Any  # as the Stack: groups and tail by name, stacked groups with a leading axis of layers
     index: jax.Array  # (): tokens so far
     document: jax.Array  # (B): documents started so far
-    slots: jax.Array  # (B W): number of the document that each slot's token belongs to
+    slots: dict[str, jax.Array]  # by kind of attention (B W): number of the document that each slot's token belongs to
 
 
-def init_state(config: GriffinConfig, batch: int, dtype: jnp.dtype, spec: Spec) -> State:
-    """The state before the first token, for activations in `dtype`, divided over the mesh like them."""
-    head = config.width // config.num_heads
+@dataclass(frozen=True)
+class Ring:
+    """What the attention layers of one kind remember."""
+
+    size: int  # W
+    num_heads: int  # K
+    head: int  # H
+
+
+def reaches(config: GriffinConfig | GemmaConfig) -> dict[str, int | None]:
+    """By kind of attention, how many tokens before its own a query sees; None: all."""
+    if isinstance(config, GriffinConfig):
+        found: dict[str, int | None] = {"attn": config.window}
+    else:
+        found = {"local": config.window - 1, "global": None}
+    return {kind: left for kind, left in found.items() if kind in config.pattern}
+
+
+def rings(config: GriffinConfig | GemmaConfig, capacity: int) -> dict[str, Ring]:
+    """By kind of attention. A window bounds what there is to remember; without one it is `capacity` tokens."""
+    if isinstance(config, GriffinConfig):
+        heads, head = 1, config.width // config.num_heads
+    else:
+        heads, head = config.num_kv_heads, config.head_dim
+    # At least one slot, though a window of 1 needs none.
+    sizes = {kind: capacity if left is None else max(min(left, capacity), 1) for kind, left in reaches(config).items()}
+    return {kind: Ring(size, heads, head) for kind, size in sizes.items()}
+
+
+def init_state(config: GriffinConfig | GemmaConfig, batch: int, dtype: jnp.dtype, spec: Spec, capacity: int) -> State:
+    """The state before the first token, for activations in `dtype`, divided over the mesh like them.
+
+    `capacity`: tokens that will be read in all, padding included; attention without a window forgets the rest.
+    """
+    known = rings(config, capacity)
 
     def zeros(shape, dtype, axes, num_layers):
         if num_layers is not None:
@@ -56,12 +89,14 @@ def init_state(config: GriffinConfig, batch: int, dtype: jnp.dtype, spec: Spec) 
 
     def layer(kind: str, num_layers: int | None):
         if kind == "rec":
+            assert isinstance(config, GriffinConfig)
             return RecurrenceState(
                 zeros((batch, config.conv_width - 1, config.rnn_width), dtype, ("batch", None, "rnn"), num_layers),
                 zeros((batch, config.rnn_width), jnp.float32, ("batch", "rnn"), num_layers),
             )
         # Two arrays, since a donated buffer can be given away only once.
-        shape, axes = (batch, config.window, 1, head), ("batch", None, "kv_heads", None)
+        ring = known[kind]
+        shape, axes = (batch, ring.size, ring.num_heads, ring.head), ("batch", None, "kv_heads", None)
         return KeyValues(zeros(shape, dtype, axes, num_layers), zeros(shape, dtype, axes, num_layers))
 
     num_groups, rest = divmod(config.depth, len(config.pattern))
@@ -73,22 +108,32 @@ def init_state(config: GriffinConfig, batch: int, dtype: jnp.dtype, spec: Spec) 
         },
         index=jnp.zeros((), jnp.int32, out_sharding=spec()),
         document=jnp.zeros((batch,), jnp.int32, out_sharding=spec("batch")),
-        slots=jnp.full((batch, config.window), EMPTY, jnp.int32, out_sharding=spec("batch", None)),
+        slots={
+            kind: jnp.full((batch, ring.size), EMPTY, jnp.int32, out_sharding=spec("batch", None))
+            for kind, ring in known.items()
+        },
     )
 
 
-def visible(state: State, segment_pos: jax.Array, left: int) -> tuple[jax.Array, jax.Array]:
-    """Documents (B T) of the tokens of a call, and which keys each sees (B T W+T): the ring's slots, then the call's.
+def visible(
+    state: State, segment_pos: jax.Array, config: GriffinConfig | GemmaConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Documents (B T) of the tokens of a call, and which keys each sees, by kind of attention (B T W+T): the ring's slots,
+    then the call's.
 
     The rule is `attention_mask`'s: keys of its document, not after it and at most `left` tokens before it.
     """
     documents = state.document[:, None] + jnp.cumsum(segment_pos == 0, axis=1)
     now = state.index + jnp.arange(segment_pos.shape[1], dtype=jnp.int32)
-    keys = jnp.concatenate([held(state.index, state.slots.shape[1]), now])
-    distance = now[:, None] - keys[None, :]
-    near = (distance >= 0) & (distance <= left)
-    of_keys = jnp.concatenate([state.slots, documents], axis=1)
-    return documents, (documents[:, :, None] == of_keys[:, None, :]) & near[None]
+    masks = {}
+    for kind, left in reaches(config).items():
+        slots = state.slots[kind]
+        keys = jnp.concatenate([held(state.index, slots.shape[1]), now])
+        distance = now[:, None] - keys[None, :]
+        near = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
+        of_keys = jnp.concatenate([slots, documents], axis=1)
+        masks[kind] = (documents[:, :, None] == of_keys[:, None, :]) & near[None]
+    return documents, masks
 
 
 def held(index: jax.Array, window: int) -> jax.Array:
@@ -120,8 +165,34 @@ def advance(state: State, layers: Any, documents: jax.Array) -> State:
         layers=jax.tree.map(put, state.layers, layers, is_leaf=lambda n: isinstance(n, RecurrenceState | KeyValues)),
         index=state.index + documents.shape[1],
         document=documents[:, -1],
-        slots=write(state.slots, documents, state.index, axis=1),
+        slots={kind: write(slots, documents, state.index, axis=1) for kind, slots in state.slots.items()},
     )
+
+
+def ring_attention(
+    q: jax.Array, ring: KeyValues, new: KeyValues, mask: jax.Array, spec: Spec, soft_cap: float = 0.0
+) -> jax.Array:
+    """Softmax attention (B T N H) over the ring's keys and then a call's own, mask (B T W+T).
+
+    The two parts are never joined, nor repeated for the query heads: that would copy the ring for every token. Query heads
+    are contiguous per key-value head, and divided among devices only where they all share one.
+    """
+    batch, length, heads, head = q.shape
+    kv_heads = ring.keys.shape[2]
+    axis = "heads" if kv_heads == 1 else None
+    grouped = spec("batch", "seq", None, axis, None)
+    q = jnp.reshape(q, (batch, length, kv_heads, heads // kv_heads, head), out_sharding=grouped)
+    parts, out = (ring, new), spec("batch", None, axis, None, None)
+    products = [jnp.einsum("btkgh,bskh->bkgts", q, part.keys, out_sharding=out) for part in parts]
+    scores = jnp.concatenate(products, axis=-1).astype(jnp.float32)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
+    old, own = (
+        jnp.einsum("bkgts,bskh->btkgh", w, part.values, out_sharding=grouped)
+        for w, part in zip(jnp.split(weights, [ring.keys.shape[1]], axis=-1), parts, strict=True)
+    )
+    return jnp.reshape(old + own, (batch, length, heads, head), out_sharding=spec("batch", "seq", "heads", None))
 
 
 def state_bytes(state: State) -> int:
@@ -129,6 +200,8 @@ def state_bytes(state: State) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim) // state.document.size
 
 
-def transformer_bytes(config: GriffinConfig, length: int, dtype: jnp.dtype) -> int:
-    """Keys and values of `length` tokens in a Transformer of this depth and these heads, sharing one key-value head."""
-    return config.depth * 2 * (config.width // config.num_heads) * length * jnp.dtype(dtype).itemsize
+def transformer_bytes(config: GriffinConfig | GemmaConfig, length: int, dtype: jnp.dtype) -> int:
+    """Keys and values of `length` tokens in a Transformer of this depth and these heads, all of whose layers are global."""
+    ring = next(iter(rings(config, length).values()), None)
+    heads, head = (ring.num_heads, ring.head) if ring else (1, config.width // config.num_heads)
+    return config.depth * 2 * heads * head * length * jnp.dtype(dtype).itemsize

@@ -11,7 +11,7 @@ from test_griffin import BLOCKS, CONFIG, GOLDEN, golden
 
 import models.decode
 from configs.schema import ConfigError, GemmaConfig, MeshConfig
-from models.decode import ENDED, Draw, choose, generate, likeliest, open_state
+from models.decode import ENDED, Draw, choose, generate, likeliest
 from models.gemma import Gemma
 from models.params import Init
 from models.state import init_state, state_bytes, transformer_bytes
@@ -20,6 +20,7 @@ from sharding.rules import Rules
 
 SMALL = dataclasses.replace(CONFIG, window=3)  # the golden parameters, short enough to pass three windows quickly
 LENGTH = 10
+CAPACITY = 16
 ROWS = {
     "one document": range(LENGTH),
     "begins inside a document": range(4, 4 + LENGTH),
@@ -62,7 +63,7 @@ def advance(model, state, tokens, positions, dtype=jnp.float32):
 
 def in_pieces(model, cuts, tokens=TOKENS, positions=POSITIONS, dtype=jnp.float32):
     """Logits (B T V) and the last state, read in the pieces between `cuts`."""
-    state, logits = init_state(model.config, len(tokens), dtype, Rules().spec), []
+    state, logits = init_state(model.config, len(tokens), dtype, Rules().spec, CAPACITY), []
     for start, end in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
         some, state = advance(model, state, tokens[:, start:end], positions[:, start:end], dtype)
         logits.append(np.asarray(some))
@@ -126,7 +127,7 @@ def test_the_state_equals_the_references_after_two_packed_documents(mesh):
 
 
 def test_the_state_has_one_size_at_any_length_and_it_is_the_published_one(model):
-    before = init_state(SMALL, 8, jnp.float32, Rules().spec)
+    before = init_state(SMALL, 8, jnp.float32, Rules().spec, CAPACITY)
     after = in_pieces(model, [5])[1]
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
     assert jax.tree.map(lambda leaf: leaf.dtype, before) == jax.tree.map(lambda leaf: leaf.dtype, after)
@@ -135,7 +136,7 @@ def test_the_state_has_one_size_at_any_length_and_it_is_the_published_one(model)
         config = dataclasses.replace(
             CONFIG, width=width, rnn_width=width, depth=depth, num_heads=heads, mlp_width=3 * width, **released
         )
-        shapes = jax.eval_shape(lambda config=config: init_state(config, 3, jnp.bfloat16, Rules().spec))
+        shapes = jax.eval_shape(lambda config=config: init_state(config, 3, jnp.bfloat16, Rules().spec, 8192))
         assert state_bytes(shapes) == pytest.approx(size, rel=3e-3)
     assert transformer_bytes(config, 8192, jnp.bfloat16) == 38 * 2 * 256 * 8192 * 2
 
@@ -163,7 +164,7 @@ PROMPTS = [TOKENS[row, :length] for row, length in enumerate((1, 2, 3, 9))]
 
 
 def tokens_of(model, prompts, count=6, draw=GREEDY, **options):
-    drawn = generate(model, prompts, count, dtype=jnp.float32, draw=draw, context=16, **dict(vocab_size=48) | options)
+    drawn = generate(model, prompts, count, dtype=jnp.float32, draw=draw, **dict(vocab_size=48) | options)
     return np.stack(list(drawn), axis=1)
 
 
@@ -229,19 +230,52 @@ def test_a_step_compiles_once_for_all_positions(model, short_chunks):
     assert models.decode.step._cache_size() == before + 1
 
 
-def test_gemma_samples_by_reading_its_context_again(mesh, short_chunks):
-    config = GemmaConfig(
-        width=32, head_dim=16, mlp_width=64, depth=2, window=4, vocab_size=48, pattern=("local", "global")
-    )
-    gemma = jax.jit(lambda key: Gemma(config, Init(key, Rules().spec)))(jax.random.key(0))
+# --- Gemma ------------------------------------------------------------------------------------------------------------
+
+
+GEMMAS = {
+    "1, one key-value head": dict(pattern=("global",), depth=2, num_kv_heads=1, qk_norm=False, post_norm=False),
+    "2, soft caps": dict(
+        pattern=("local", "global"), depth=3, attention_soft_cap=5.0, logits_soft_cap=3.0, qk_norm=False
+    ),
+    "3, positions divided": dict(pattern=("local", "local", "global"), depth=5, rope_divisor_global=8.0),
+    "3, as many key-value heads as queries": dict(pattern=("local", "global"), depth=2, num_kv_heads=4),
+    "a window of one": dict(pattern=("local", "global"), depth=2, window=1),
+}
+
+
+@pytest.fixture(scope="module", params=GEMMAS)
+def gemma(request, mesh):
+    small = dict(width=32, head_dim=16, mlp_width=64, window=4, vocab_size=48)
+    config = GemmaConfig(**small | GEMMAS[request.param])
+    model = jax.jit(lambda key: Gemma(config, Init(key, Rules().spec)))(jax.random.key(0))
+    # Norms that differ from 1 and queries that differ from keys, or a swap of the two would not be seen.
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), model)
+
+
+@pytest.mark.parametrize("cuts", [[*range(1, LENGTH)], [4], [3, 8, 9]], ids=str)
+def test_gemma_read_in_pieces_has_the_logits_of_one_pass(gemma, cuts):
+    assert_equal_by_row(in_pieces(gemma, cuts)[0], parallel(gemma, TOKENS, POSITIONS), f"cut at {cuts}")
+
+
+def test_gemma_draws_the_argmax_of_the_parallel_forward_pass(gemma, short_chunks):
     drawn = tokens_of(gemma, PROMPTS, count=4)
     for prompt, tokens in zip(PROMPTS, drawn, strict=True):
         text = np.zeros((1, 16), np.int32)
         text[0, : len(prompt) + 4] = [*prompt, *tokens]
         logits = parallel(gemma, text, np.arange(16, dtype=np.int32)[None])[0]
         assert list(np.argmax(logits, axis=-1)[len(prompt) - 1 :][:4]) == list(tokens)
-    state = open_state(gemma, 4, jnp.float32, context=16)
-    assert state.tokens.shape == (4, 16)
+
+
+def test_local_layers_remember_a_window_and_global_ones_everything():
+    """Bytes of a bfloat16 state of Gemma 3 1B (arXiv 2503.19786): 22 local layers of 511 earlier tokens, 4 global ones."""
+    config = GemmaConfig(
+        width=1152, depth=26, num_heads=4, num_kv_heads=1, head_dim=256, mlp_width=6912, window=512, vocab_size=262_144
+    )
+    kept = jax.eval_shape(lambda: init_state(config, 3, jnp.bfloat16, Rules().spec, capacity=32_768))
+    rings = (22 * 511 + 4 * 32_768) * 2 * 256 * 2
+    assert state_bytes(kept) == rings + 4 * (511 + 32_768) + 4  # and the document of each slot, and of the sequence
 
 
 def numpy_cut(logits, top_k, top_p):

@@ -48,7 +48,7 @@ def v5e(libtpu):  # noqa: F811
 def compiled(program, mesh, length, *more):
     def arguments():
         model = Griffin(CONFIG, Init(jax.random.key(0), Rules().spec))
-        return cast_kernels(model, DTYPE), open_state(model, BATCH, DTYPE, 0)
+        return cast_kernels(model, DTYPE), open_state(model, BATCH, DTYPE, 8192)
 
     shape = (BATCH, length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, Rules().spec(None, None)))
@@ -61,7 +61,7 @@ def test_a_step_overwrites_the_state_in_place(v5e):
     program = compiled(step, v5e, 1, key, DTYPE, Draw(0.8, 40, 0.9), CONFIG.vocab_size)
     memory = program.memory_analysis()
     kept = state_bytes(
-        jax.eval_shape(lambda: open_state(Griffin(CONFIG, Init(jax.random.key(0), Rules().spec)), 1, DTYPE, 0))
+        jax.eval_shape(lambda: open_state(Griffin(CONFIG, Init(jax.random.key(0), Rules().spec)), 1, DTYPE, 8192))
     )
     assert memory.alias_size_in_bytes >= BATCH * kept
     assert memory.temp_size_in_bytes < BATCH * kept
