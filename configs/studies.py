@@ -29,7 +29,7 @@ RECALL = {
     "selective-copy": (RecallData(sequence_length=1040, batch_size=64), 100_000, 1e-3),
     "selective-copy-tiny": (RecallData(sequence_length=72, num_copied=8, batch_size=64), 2000, 3e-3),
     "induction": (RecallData(task="induction", sequence_length=256, batch_size=64), 100_000, 1e-3),
-    "induction-tiny": (RecallData(task="induction", sequence_length=64, batch_size=64), 1500, 3e-3),
+    "induction-tiny": (RecallData(task="induction", sequence_length=64, batch_size=64), 1000, 3e-3),
 }
 
 
