@@ -27,9 +27,9 @@ EVERYTHING = 2**20  # a window longer than any row
 # Rows, batch, steps and peak learning rate: as published where the paper says so, and for two cores in minutes.
 RECALL = {
     "selective-copy": (RecallData(sequence_length=1040, batch_size=64), 100_000, 1e-3),
-    "selective-copy-tiny": (RecallData(sequence_length=72, num_copied=8, batch_size=64), 2000, 3e-3),
+    "selective-copy-tiny": (RecallData(sequence_length=72, num_copied=8, batch_size=64), 1500, 3e-3),
     "induction": (RecallData(task="induction", sequence_length=256, batch_size=64), 100_000, 1e-3),
-    "induction-tiny": (RecallData(task="induction", sequence_length=64, batch_size=64), 1500, 3e-3),
+    "induction-tiny": (RecallData(task="induction", sequence_length=64, batch_size=64), 1000, 3e-3),
 }
 
 
@@ -74,7 +74,7 @@ def long_context(family: str) -> Callable[[], Config]:
             name=f"long-context-{family}",
             model=GriffinConfig(pattern=pattern, window=EVERYTHING if family == "transformer" else 256),
             data=TextData(sequence_length=512, held_out=0.1),
-            trainer=TrainerConfig(steps=600, remat="dots"),
+            trainer=TrainerConfig(steps=400, remat="dots"),
         )
 
     experiment.__doc__ = (
