@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from models.params import Init, normal, zeros
+from models.token_loss import log_z_and_target
 
 MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
 
@@ -128,9 +129,16 @@ class Embedding(nnx.Module):
 
     def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
         """(B T V) in float32; `soft_cap` 0 is none."""
-        table = reshard(self.table[...], self.spec("vocab", None))
+        table = reshard(self.table[...].astype(x.dtype), self.spec("vocab", None))
         logits = einsum_float32("btd,vd->btv", x, table, self.spec("batch", "seq", "vocab"))
         return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+    def log_z_and_target(
+        self, x: jax.Array, targets: jax.Array, soft_cap: float, logits_mib: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a loss needs of the logits, (B T) each, without the logits: see `models.token_loss`."""
+        table, spec = self.table[...], self.spec
+        return log_z_and_target(x, table, targets, spec=spec, soft_cap=soft_cap, logits_mib=logits_mib)
 
 
 class Stack(nnx.Module):

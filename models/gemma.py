@@ -32,12 +32,19 @@ class Gemma(nnx.Module):
         self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: str = "none"
     ) -> jax.Array:
         """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding."""
+        x = self.features(tokens, segment_pos, dtype=dtype, remat=remat)
+        return self.embedding.logits(x, self.config.logits_soft_cap)
+
+    def features(
+        self, tokens: jax.Array, segment_pos: jax.Array, *, dtype: jnp.dtype, remat: str = "none"
+    ) -> jax.Array:
+        """What the table turns into logits (B T D), in `dtype`."""
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         # The head reads the table without this scale.
         x = model.embedding(tokens) * embedding_scale(self.config.width).astype(dtype)
         x = model.layers(x, segment_pos, remat=remat)
-        return model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+        return rms_norm(x, model.final_norm[...])
 
 
 class Block(nnx.Module):
