@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
+from models.lookup import lookup
 from models.params import Init, normal, zeros
 from models.token_loss import log_z_and_target
 
@@ -123,9 +124,9 @@ class Embedding(nnx.Module):
         self.table = init.param("table", (vocab_size, width), ("vocab", "embed"), normal(1 / width))
         self.spec = init.spec
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = reshard(self.table[...], self.spec(None, None))
-        return table.at[tokens].get(out_sharding=self.spec("batch", "seq", None))
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """(B T D) in `dtype`, of the float32 table: its gradient is summed in float32."""
+        return lookup(self.spec, dtype, self.table[...], tokens)
 
     def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
         """(B T V) in float32; `soft_cap` 0 is none."""

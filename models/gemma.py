@@ -42,7 +42,7 @@ class Gemma(nnx.Module):
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         # The head reads the table without this scale.
-        x = model.embedding(tokens) * embedding_scale(self.config.width).astype(dtype)
+        x = self.embedding(tokens, dtype) * embedding_scale(self.config.width).astype(dtype)
         x = model.layers(x, segment_pos, remat=remat)
         return rms_norm(x, model.final_norm[...])
 

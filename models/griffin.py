@@ -65,7 +65,7 @@ class Griffin(nnx.Module):
         """What the table turns into logits (B T D), in `dtype`; otherwise as the call."""
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
-        x = model.embedding(tokens)
+        x = self.embedding(tokens, dtype)
         if self.config.embedding_scale:
             x = x * embedding_scale(self.config.width).astype(dtype)
         if state is None:

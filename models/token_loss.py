@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
-from models.params import Spec
+from models.params import Spec, mesh_axes
 
 LANES = 128  # tiles are a multiple of the width of a TPU's registers
 HIDDEN = -1e38  # logit of what no softmax sees: finite, so that the difference of two is 0 and not NaN
@@ -54,11 +54,6 @@ class Head:
     soft_cap: float
     logits_bytes: int
 
-    def axes(self, *names: str) -> tuple[str, ...]:
-        """The mesh axes that divide these logical axes."""
-        found = [self.spec(name)[0] or () for name in names]
-        return tuple(axis for axes in found for axis in ((axes,) if isinstance(axes, str) else axes))
-
     def logits(self, x: jax.Array, rows: jax.Array) -> jax.Array:
         logits = product_float32("nd,rd->nr", x, rows)
         return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
@@ -86,7 +81,7 @@ def over_tiles(head: Head, table: jax.Array, x: jax.Array, body: Callable, carry
     count = -(-own // size)
     if count > 1:
         size = -(-own // count // LANES) * LANES  # as even as they can be
-    gather, divided = head.axes("embed"), head.axes("vocab")
+    gather, divided = mesh_axes(head.spec, "embed"), mesh_axes(head.spec, "vocab")
     first = lax.axis_index(divided) * own if divided else 0
 
     def fetch(i):
@@ -126,7 +121,7 @@ def forward(head: Head, x: jax.Array, table: jax.Array, targets: jax.Array) -> t
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     top, total, target = over_tiles(head, table, x, fold, (zeros + HIDDEN, zeros, zeros))
-    if axes := head.axes("vocab"):
+    if axes := mesh_axes(head.spec, "vocab"):
         # Rows that are all padding leave top at HIDDEN, and their sum then counts for nothing.
         highest = lax.pmax(top, axes)
         total, target = lax.psum((total * jnp.exp(top - highest), target), axes)
@@ -146,7 +141,7 @@ def backward(
     """Gradients of one device's x and rows of the table, complete on each device that has them."""
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     targets, log_z, d_log_z, d_target = (a.reshape(-1)[:, None] for a in (targets, log_z, d_log_z, d_target))
-    scatter = head.axes("embed")
+    scatter = mesh_axes(head.spec, "embed")
 
     def fold(carry, rows, numbers, valid, start):
         dx, d_table = carry
@@ -164,10 +159,10 @@ def backward(
 
     zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
     dx, d_table = over_tiles(head, table, x, fold, zeros)
-    if axes := head.axes("vocab"):
+    if axes := mesh_axes(head.spec, "vocab"):
         dx = lax.psum(dx, axes)
     # `embed` divides tokens, too: scattering has summed over those devices.
-    if axes := tuple(axis for axis in head.axes("batch", "seq") if axis not in scatter):
+    if axes := tuple(axis for axis in mesh_axes(head.spec, "batch", "seq") if axis not in scatter):
         d_table = lax.psum(d_table, axes)
     return dx.reshape(shape).astype(x.dtype), d_table.astype(table.dtype)
 

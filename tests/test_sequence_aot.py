@@ -15,7 +15,7 @@ from trainer.checkpoint import concrete
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 
-LENGTH, MEMORY = 131_072, 24 * 2**30  # a quarter of a v5p chip's: 19.5 GiB, most of it logits
+LENGTH, MEMORY = 131_072, 8 * 2**30  # a twelfth of a v5p chip's; with whole logits it was 19.5 GiB
 
 
 def test_a_sequence_of_131072_tokens_fits_on_sixteen_chips(monkeypatch):
@@ -54,9 +54,9 @@ def test_a_sequence_of_131072_tokens_fits_on_sixteen_chips(monkeypatch):
         tokens = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=rows)
         traced = jax.jit(jax.value_and_grad(loss)).trace(model, tokens, tokens, tokens)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
-    print(program.memory_analysis())
     memory, text = program.memory_analysis(), program.as_text()
     assert "rg_lru_gradient" in text
+    print(f"{memory.argument_size_in_bytes + memory.temp_size_in_bytes:,} bytes")
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < MEMORY
     kinds = r"(?:all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
     shapes = re.findall(rf"= (.*) {kinds}(?:-start)?\(", text)

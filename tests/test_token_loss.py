@@ -13,6 +13,7 @@ from runs import SMALL
 
 from configs.overrides import resolve
 from configs.schema import MeshConfig
+from models.lookup import lookup
 from models.token_loss import log_z_and_target
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
@@ -153,6 +154,33 @@ def test_a_common_tokens_gradient_is_summed_in_float32():
     table, targets = np.zeros((2, 2), np.float32), np.zeros((8, 129), np.int32)
     got = ours(x, table, targets, weights, sizes=MeshConfig(data=8), z_loss=0.0)
     np.testing.assert_allclose(got["table"], [[-1012.0] * 2, [1012.0] * 2], rtol=1e-6)  # (1000 + 1024) * (p - 1)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, sequence=2, tensor=4)],
+    ids=["data 2, fsdp 2, tensor 2", "sequence 2, tensor 4"],
+)
+def test_a_common_tokens_lookup_is_summed_in_float32(sizes):
+    """Whole numbers that bfloat16 has, of which the sums are exact in float32 and mostly not in bfloat16."""
+    mesh, rng = make_mesh(sizes), np.random.default_rng(0)
+    spec = rules_for(mesh).spec
+    tokens = np.minimum(rng.geometric(0.3, size=(8, 512)) - 1, 15).astype(np.int32)
+    upstream = rng.integers(1, 256, size=(8, 512, 4)).astype(jnp.bfloat16)
+    table = rng.normal(size=(16, 4)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        named = ((table, ("vocab", "embed")), (tokens, ("batch", "seq")), (upstream, ("batch", "seq", None)))
+        arrays = [jax.device_put(a, NamedSharding(mesh, spec(*axes))) for a, axes in named]
+
+        def program(table, tokens, upstream):
+            rows, pullback = jax.vjp(lambda table: lookup(spec, jnp.dtype("bfloat16"), table, tokens), table)
+            return rows, pullback(upstream)[0]
+
+        rows, gradient = jax.jit(program)(*arrays)
+    expected = np.zeros((16, 4))
+    np.add.at(expected, tokens, upstream.astype(np.float64))
+    np.testing.assert_array_equal(rows, table.astype(jnp.bfloat16)[tokens])
+    np.testing.assert_array_equal(gradient, expected)
 
 
 def test_neither_logits_nor_table_exist_whole():
