@@ -16,8 +16,8 @@ from benchmarks.scan import ENVIRONMENT
 from benchmarks.tables import arguments, machine, publish, table
 
 TOKENS, VOCABULARY, WIDTH, SOFT_CAP = 8192, 256_000, 2304, 30.0  # Gemma 2 2B, one row a device
-TIMED = (8192, 32_000, 256)  # four tiles
-ROUNDS = 5
+TIMED = (4096, 32_000, 128)  # two tiles
+ROUNDS = 3
 # Name, topology, and sizes of the mesh's axes (replica, data, fsdp, sequence, tensor).
 MESHES = (
     ("CPU", None, (1, 1, 1, 1, 1)),
