@@ -30,7 +30,7 @@ bench: .venv/parity
 	$(BIN)/python -m benchmarks.first_minute
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.decode
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.loss
 
 clean:
 	rm -rf .venv

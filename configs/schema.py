@@ -360,6 +360,12 @@ class TrainerConfig(Section):
         choices=("none", "dots", "layer"),
         changes=("recompile",),
     )
+    logits_mib: int = setting(
+        256, "MiB of logits that a device holds at a time (language models)", low=1, changes=("recompile",)
+    )
+    z_loss: float = setting(
+        0.0, "coefficient of log(Z)^2 in the training loss (language models); 0 for none", low=0, changes=_MATH
+    )
     log_every: int = setting(10, "steps between printed lines; the metrics file has every step", low=1)
     compilation_cache: str = setting("~/.cache/podwright/xla", "folder of compiled programs; empty for none")
 
@@ -409,6 +415,11 @@ class Config:
             raise ConfigError(
                 f"{self.trainer.show('remat')} contradicts model.kind={self.model.kind!r}: "
                 f"only language models know it, 'none' and 'layer' are for all"
+            )
+        if image and self.trainer.z_loss:
+            raise ConfigError(
+                f"{self.trainer.show('z_loss')} contradicts model.kind={self.model.kind!r}: only language models have it, "
+                f"0 is allowed"
             )
 
     def notes(self) -> list[str]:

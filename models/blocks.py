@@ -12,7 +12,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
+from models.lookup import lookup
 from models.params import Init, normal, zeros
+from models.token_loss import log_z_and_target
 
 MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
 
@@ -122,15 +124,22 @@ class Embedding(nnx.Module):
         self.table = init.param("table", (vocab_size, width), ("vocab", "embed"), normal(1 / width))
         self.spec = init.spec
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = reshard(self.table[...], self.spec(None, None))
-        return table.at[tokens].get(out_sharding=self.spec("batch", "seq", None))
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """(B T D) in `dtype`, of the float32 table: its gradient is summed in float32."""
+        return lookup(self.spec, dtype, self.table[...], tokens)
 
     def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
         """(B T V) in float32; `soft_cap` 0 is none."""
-        table = reshard(self.table[...], self.spec("vocab", None))
+        table = reshard(self.table[...].astype(x.dtype), self.spec("vocab", None))
         logits = einsum_float32("btd,vd->btv", x, table, self.spec("batch", "seq", "vocab"))
         return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+    def log_z_and_target(
+        self, x: jax.Array, targets: jax.Array, soft_cap: float, logits_mib: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a loss needs of the logits, (B T) each, without the logits: see `models.token_loss`."""
+        table, spec = self.table[...], self.spec
+        return log_z_and_target(x, table, targets, spec=spec, soft_cap=soft_cap, logits_mib=logits_mib)
 
 
 class Stack(nnx.Module):

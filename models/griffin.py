@@ -48,9 +48,24 @@ class Griffin(nnx.Module):
         With a state (see models/state.py) the tokens continue those it has seen, and (logits, new state) is returned.
         Padding then belongs before a document: behind it, the state would have seen it.
         """
+        found = self.features(tokens, segment_pos, dtype=dtype, remat=remat, state=state)
+        x, state = found if isinstance(found, tuple) else (found, None)
+        logits = self.embedding.logits(x, self.config.logits_soft_cap)
+        return logits if state is None else (logits, state)
+
+    def features(
+        self,
+        tokens: jax.Array,
+        segment_pos: jax.Array,
+        *,
+        dtype: jnp.dtype,
+        remat: str = "none",
+        state: State | None = None,
+    ) -> jax.Array | tuple[jax.Array, State]:
+        """What the table turns into logits (B T D), in `dtype`; otherwise as the call."""
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
-        x = model.embedding(tokens)
+        x = self.embedding(tokens, dtype)
         if self.config.embedding_scale:
             x = x * embedding_scale(self.config.width).astype(dtype)
         if state is None:
@@ -59,8 +74,8 @@ class Griffin(nnx.Module):
             documents, masks = visible(state, segment_pos, self.config)
             x, layers = model.layers.step(x, state.layers, segment_pos, masks)
             state = advance(state, layers, documents)
-        logits = model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
-        return logits if state is None else (logits, state)
+        x = rms_norm(x, model.final_norm[...])
+        return x if state is None else (x, state)
 
 
 def embedding_scale(width: int) -> np.ndarray:

@@ -52,10 +52,16 @@ class Init:
         return nnx.Param(jax.sharding.reshard(value.astype(jnp.float32), self.spec(*axes)))
 
 
+def mesh_axes(spec: Spec, *names: str) -> tuple[str, ...]:
+    """The mesh axes that divide these logical axes."""
+    found = [spec(name)[0] or () for name in names]
+    return tuple(axis for axes in found for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def parts(spec: Spec, name: str) -> int:
     """Into how many parts the current mesh divides the logical axis `name`."""
-    axes, sizes = spec(name)[0], jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in mesh_axes(spec, name))
 
 
 def _fold_name(key: jax.Array, name: str) -> jax.Array:

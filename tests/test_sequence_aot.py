@@ -12,11 +12,10 @@ from models.griffin import Griffin
 from models.params import Init
 from sharding.rules import rules_for
 from trainer.checkpoint import concrete
-from trainer.tasks import cross_entropy
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 
-LENGTH, MEMORY = 131_072, 24 * 2**30  # a quarter of a v5p chip's: 19.5 GiB, most of it logits
+LENGTH, MEMORY = 131_072, 8 * 2**30  # a twelfth of a v5p chip's; with whole logits it was 19.5 GiB
 
 
 def test_a_sequence_of_131072_tokens_fits_on_sixteen_chips(monkeypatch):
@@ -45,8 +44,9 @@ def test_a_sequence_of_131072_tokens_fits_on_sixteen_chips(monkeypatch):
     spec = rules_for(mesh).spec
 
     def loss(model, tokens, positions, targets):
-        logits = model(tokens, positions, dtype=jnp.bfloat16, remat="layer")
-        return jnp.mean(cross_entropy(logits, targets))
+        x = model.features(tokens, positions, dtype=jnp.bfloat16, remat="layer")
+        log_z, target = model.embedding.log_z_and_target(x, targets, config.logits_soft_cap, logits_mib=256)
+        return jnp.mean(log_z - target)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
         model = concrete(jax.eval_shape(lambda: Griffin(config, Init(jax.random.key(0), spec))), mesh)
@@ -56,6 +56,7 @@ def test_a_sequence_of_131072_tokens_fits_on_sixteen_chips(monkeypatch):
         program = traced.lower(lowering_platforms=("tpu",)).compile()
     memory, text = program.memory_analysis(), program.as_text()
     assert "rg_lru_gradient" in text
+    print(f"{memory.argument_size_in_bytes + memory.temp_size_in_bytes:,} bytes")
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < MEMORY
     kinds = r"(?:all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"
     shapes = re.findall(rf"= (.*) {kinds}(?:-start)?\(", text)

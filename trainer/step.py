@@ -35,9 +35,9 @@ def train_step(
     schedule: optax.Schedule,
     seed: int,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer update. Metrics: loss, norm of the gradient before clipping, learning rate (float32 scalars)."""
+    """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars)."""
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
-    loss, gradient = jax.value_and_grad(task.loss)(state.model, batch, key)
+    gradient, metrics = jax.grad(task.loss, has_aux=True)(state.model, batch, key)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
+    metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
     return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics

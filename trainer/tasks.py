@@ -23,7 +23,8 @@ class Task:
     """What the loop needs to know of a kind of training."""
 
     init: Callable[[jax.Array, Spec], Any]  # (key, spec) -> model
-    loss: Callable[[Any, Batch, jax.Array], jax.Array]  # (model, batch, key) -> mean training loss
+    # (model, batch, key) -> what training minimises, and the metrics of it: "loss", and what else there is
+    loss: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
     evaluate: Callable[[Any, Batch], Sums]  # (model, held-out batch) -> sums over the batch
     summarise: Callable[[dict[str, float]], dict[str, float]]  # sums over all batches -> metrics by name
     headline: str  # the metric that evaluations are judged by; lower is better
@@ -42,20 +43,24 @@ def language_modelling(config: Config) -> Task:
     """Next-token prediction; judged by bits per byte, which no choice of tokenizer can flatter."""
     family, data, trainer = FAMILIES[config.model.kind], config.data, config.trainer
     assert not isinstance(data, ImageData)
-    dtype, remat = jnp.dtype(trainer.compute_dtype), trainer.remat
+    assert not isinstance(config.model, NFNetConfig)
 
-    def token_losses(model, batch: Batch) -> jax.Array:
-        logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat)
-        losses = cross_entropy(logits, batch["targets"])
-        return losses * reshard(batch["weights"], jax.typeof(losses).sharding.spec)  # devices may share a sequence
-
-    def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
-        return jnp.sum(token_losses(model, batch)) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        nats, log_z = token_losses(config, model, batch)
+        weights = reshard(batch["weights"], jax.typeof(nats).sharding.spec)  # devices may share a sequence
+        tokens = jnp.maximum(jnp.sum(weights), 1.0)
+        mean = jnp.sum(weights * nats) / tokens
+        if not trainer.z_loss:
+            return mean, {"loss": mean}
+        z_loss = trainer.z_loss * jnp.sum(weights * jnp.square(log_z)) / tokens
+        return mean + z_loss, {"loss": mean, "z_loss": z_loss}
 
     def evaluate(model, batch: Batch) -> Sums:
+        nats, _ = token_losses(config, model, batch)
+        weights = reshard(batch["weights"], jax.typeof(nats).sharding.spec)
         return {
-            "nats": jnp.sum(token_losses(model, batch)),
-            "tokens": jnp.sum(batch["weights"]),
+            "nats": jnp.sum(weights * nats),
+            "tokens": jnp.sum(weights),
             "bytes": jnp.sum(batch["target_bytes"]).astype(jnp.float32),
         }
 
@@ -109,12 +114,13 @@ def image_classification(config: Config) -> Task:
     assert isinstance(data, ImageData)
     dtype = jnp.dtype(config.trainer.compute_dtype)
 
-    def loss(model, batch: Batch, key: jax.Array) -> jax.Array:
+    def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=config.trainer.remat)
         smooth = data.label_smoothing
         target = cross_entropy(logits, batch["labels"])
         uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
-        return jnp.mean((1 - smooth) * target + smooth * uniform)
+        mean = jnp.mean((1 - smooth) * target + smooth * uniform)
+        return mean, {"loss": mean}
 
     def evaluate(model, batch: Batch) -> Sums:
         logits = model(batch["images"], dtype=dtype, dropout_key=None)
@@ -164,3 +170,29 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     hit = labels[..., None] == jnp.expand_dims(classes, tuple(range(labels.ndim)))
     hit = reshard(hit, jax.typeof(logits).sharding.spec)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+
+
+def token_losses(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """-log p (nats) of every target and the logarithm of its softmax's sum, (B T) each, in float32 and not yet weighted."""
+    assert not isinstance(config.model, NFNetConfig)
+    dtype, trainer = jnp.dtype(config.trainer.compute_dtype), config.trainer
+    x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=trainer.remat)
+    log_z, target = model.embedding.log_z_and_target(
+        x, batch["targets"], config.model.logits_soft_cap, trainer.logits_mib
+    )
+    return log_z - target, log_z
+
+
+def document_sums(nats: jax.Array, weights: jax.Array, segment_pos: jax.Array, num_documents: int) -> Sums:
+    """Sums over each document of a row: "nats", times their weights, and "tokens", of the weights; (B S) each.
+
+    Documents count from the row's first token, whether it begins one or not; each later 0 in segment_pos (B T) begins the
+    next. Those after the first S = num_documents are left out.
+    """
+    starts = (segment_pos == 0) & (jnp.arange(segment_pos.shape[1]) > 0)[None]
+    document, weights = (reshard(a, jax.typeof(nats).sharding.spec) for a in (jnp.cumsum(starts, axis=1), weights))
+    inside = document[:, :, None] == jnp.arange(num_documents)[None, None]
+    return {
+        name: jnp.sum(jnp.where(inside, values[:, :, None], 0.0), axis=1)
+        for name, values in (("nats", nats * weights), ("tokens", weights))
+    }

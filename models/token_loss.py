@@ -1,0 +1,197 @@
+"""The softmax over a large vocabulary, of which the logits (B T V) never exist whole.
+
+A device has its own tokens (axes `batch` and `seq`) and its own rows of the table (axis `vocab`). It multiplies all its
+tokens with one tile of its rows after another and keeps a running maximum and sum (the online softmax of arXiv
+1805.02867); the backward pass multiplies again. Tiles are of rows and not of tokens, because a tile of rows and its
+gradient are needed once a pass: what a device lacks of a row (axis `embed`) is gathered with the tile, while the one
+before is multiplied, and its gradient is summed over devices and divided again. Neither the whole table nor its whole
+gradient ever exists on a device that has a part.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec, reshard
+
+from models.params import Spec, mesh_axes
+
+LANES = 128  # tiles are a multiple of the width of a TPU's registers
+HIDDEN = -1e38  # logit of what no softmax sees: finite, so that the difference of two is 0 and not NaN
+
+
+def log_z_and_target(
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    *,
+    spec: Spec,
+    num_tokens: int | None = None,
+    soft_cap: float = 0.0,
+    logits_mib: int = 256,
+) -> tuple[jax.Array, jax.Array]:
+    """log(sum(exp(logits))) and the targets' logits, both (B T) in float32; their difference is -log p(target) in nats.
+
+    Logits are x (B T D) times the table (V D) in x's dtype, summed in float32, and then, unless soft_cap is 0, soft_cap *
+    tanh(logits / soft_cap). Rows of the table from `num_tokens` on are padding that no softmax sees; targets (B T) must
+    lie before them. A device holds `logits_mib` MiB of logits at a time, but never fewer than those of 128 rows. The
+    gradient of the table is summed in float32, over tokens and over devices.
+    """
+    head = Head(spec, table.shape[0] if num_tokens is None else num_tokens, soft_cap, logits_mib * 2**20)
+    x, table = reshard(x, spec("batch", "seq", None)), reshard(table, spec("vocab", "embed"))
+    return _log_z_and_target(head, x, table, reshard(targets, spec("batch", "seq")))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the functions of one device need to know beside its arrays."""
+
+    spec: Spec
+    num_tokens: int
+    soft_cap: float
+    logits_bytes: int
+
+    def logits(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        logits = product_float32("nd,rd->nr", x, rows)
+        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
+
+
+def product_float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Products of x and y in their own dtype, summed and returned in float32."""
+
+    def product(x, y):
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    def exact(x, y):  # XLA:CPU has no bf16 product with a float32 sum; in float32 the products are exact
+        return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    return lax.platform_dependent(x, y, cpu=exact, default=product)
+
+
+def over_tiles(head: Head, table: jax.Array, x: jax.Array, body: Callable, carry):
+    """Fold `body(carry, rows (R D), numbers (R), valid (R), start)` over tiles of this device's part of the table.
+
+    All tiles have one size, so the last may begin within the one before: `valid` is false for what it repeats.
+    """
+    own = table.shape[0]
+    size = min(own, max(LANES, head.logits_bytes // (4 * x.shape[0]) // LANES * LANES))
+    count = -(-own // size)
+    if count > 1:
+        size = -(-own // count // LANES) * LANES  # as even as they can be
+    gather, divided = mesh_axes(head.spec, "embed"), mesh_axes(head.spec, "vocab")
+    first = lax.axis_index(divided) * own if divided else 0
+
+    def fetch(i):
+        rows = lax.dynamic_slice_in_dim(table, jnp.minimum(i * size, own - size), size).astype(x.dtype)
+        return lax.all_gather(rows, gather, axis=1, tiled=True) if gather else rows
+
+    def tile(carry, i, rows):
+        start = jnp.minimum(i * size, own - size)
+        place = start + jnp.arange(size, dtype=jnp.int32)
+        valid = (place >= i * size) & (first + place < head.num_tokens)
+        return body(carry, rows, first + place, valid, start)
+
+    def ahead(state, i):  # the next tile's rows travel while this one's are multiplied
+        carry, rows = state
+        following = fetch(jnp.minimum(i + 1, count - 1))
+        return (tile(carry, i, rows), following), None
+
+    if count == 1:
+        return tile(carry, 0, fetch(0))
+    if gather and lax.axis_size(gather) > 1:
+        return lax.scan(ahead, (carry, fetch(0)), jnp.arange(count))[0][0]
+    return lax.scan(lambda carry, i: (tile(carry, i, fetch(i)), None), carry, jnp.arange(count))[0]
+
+
+def forward(head: Head, x: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`log_z_and_target` of one device's arrays."""
+    shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+
+    def fold(carry, rows, numbers, valid, start):
+        top, total, target = carry
+        logits = head.logits(x, rows)
+        hit = (targets[:, None] == numbers[None]) & valid[None]
+        logits = jnp.where(valid[None], logits, HIDDEN)
+        new = jnp.maximum(top, jnp.max(logits, axis=1))
+        total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
+        return new, total, target + jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    top, total, target = over_tiles(head, table, x, fold, (zeros + HIDDEN, zeros, zeros))
+    if axes := mesh_axes(head.spec, "vocab"):
+        # Rows that are all padding leave top at HIDDEN, and their sum then counts for nothing.
+        highest = lax.pmax(top, axes)
+        total, target = lax.psum((total * jnp.exp(top - highest), target), axes)
+        top = highest
+    return (top + jnp.log(total)).reshape(shape), target.reshape(shape)
+
+
+def backward(
+    head: Head,
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    log_z: jax.Array,
+    d_log_z: jax.Array,
+    d_target: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of one device's x and rows of the table, complete on each device that has them."""
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    targets, log_z, d_log_z, d_target = (a.reshape(-1)[:, None] for a in (targets, log_z, d_log_z, d_target))
+    scatter = mesh_axes(head.spec, "embed")
+
+    def fold(carry, rows, numbers, valid, start):
+        dx, d_table = carry
+        logits = head.logits(x, rows)
+        d_logits = d_log_z * jnp.exp(logits - log_z) + jnp.where(targets == numbers[None], d_target, 0.0)
+        if head.soft_cap:
+            d_logits *= 1 - jnp.square(logits / head.soft_cap)
+        d_logits = jnp.where(valid[None], d_logits, 0.0).astype(x.dtype)
+        d_rows = product_float32("nr,nd->rd", d_logits, x)
+        if scatter:
+            d_rows = lax.psum_scatter(d_rows, scatter, scatter_dimension=1, tiled=True)
+        before = lax.dynamic_slice_in_dim(d_table, start, len(d_rows))
+        d_table = lax.dynamic_update_slice_in_dim(d_table, before + d_rows, start, axis=0)
+        return dx + product_float32("nr,rd->nd", d_logits, rows), d_table
+
+    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
+    dx, d_table = over_tiles(head, table, x, fold, zeros)
+    if axes := mesh_axes(head.spec, "vocab"):
+        dx = lax.psum(dx, axes)
+    # `embed` divides tokens, too: scattering has summed over those devices.
+    if axes := tuple(axis for axis in mesh_axes(head.spec, "batch", "seq") if axis not in scatter):
+        d_table = lax.psum(d_table, axes)
+    return dx.reshape(shape).astype(x.dtype), d_table.astype(table.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_z_and_target(head, x, table, targets):
+    wide, rows, token = specs(head)
+    return on_each_device(forward, head, (wide, rows, token), (token, token))(x, table, targets)
+
+
+def _forward(head, x, table, targets):
+    log_z, target = _log_z_and_target(head, x, table, targets)
+    return (log_z, target), (x, table, targets, log_z)
+
+
+def _backward(head, kept, gradients):
+    wide, rows, token = specs(head)
+    dx, d_table = on_each_device(backward, head, (wide, rows, *(token,) * 4), (wide, rows))(*kept, *gradients)
+    return dx, d_table, None
+
+
+_log_z_and_target.defvjp(_forward, _backward)
+
+
+def specs(head: Head) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """How x, the table, and one number a token are divided."""
+    return head.spec("batch", "seq", None), head.spec("vocab", "embed"), head.spec("batch", "seq")
+
+
+def on_each_device(function: Callable, head: Head, in_specs: tuple, out_specs: tuple) -> Callable:
+    # The functions sum over devices themselves; for jax to check that, every loop's start would have to say how it varies.
+    return jax.shard_map(functools.partial(function, head), in_specs=in_specs, out_specs=out_specs, check_vma=False)
