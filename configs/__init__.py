@@ -2,15 +2,22 @@
 
 from collections.abc import Callable
 
-from configs import gemma, griffin, nfnet, studies
+from configs import chat, gemma, griffin, nfnet, studies
 from configs.schema import Config
 
-EXPERIMENTS: dict[str, Callable[[], Config]] = {
-    "griffin-tiny": griffin.tiny,
-    "gemma-tiny": gemma.tiny,
-    "nfnet-tiny": nfnet.tiny,
-    **griffin.PAPER,
+RELEASED: dict[str, Callable[[], Config]] = {
     "recurrentgemma-2b": griffin.recurrentgemma_2b,
     "recurrentgemma-9b": griffin.recurrentgemma_9b,
+}
+TINY: dict[str, Callable[[], Config]] = {
+    "griffin-tiny": griffin.tiny,
+    "gemma-tiny": gemma.tiny,
+}
+EXPERIMENTS: dict[str, Callable[[], Config]] = {
+    **TINY,
+    "nfnet-tiny": nfnet.tiny,
+    **griffin.PAPER,
+    **RELEASED,
+    **{f"{name}-chat": chat.chat(experiment) for name, experiment in {**TINY, **RELEASED}.items()},
     **studies.STUDIES,
 }

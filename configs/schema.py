@@ -247,6 +247,32 @@ class TextData(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatData(Section):
+    """Records of JSON lines, {"prompt": ..., "response": ...} or {"text": ...}; of prompts nothing is learned."""
+
+    section: ClassVar[str] = "data"
+    kind: ClassVar[str] = "chat"
+    files: str = setting("chat.jsonl", "a .jsonl file, or a folder of them", changes=_DATA)
+    tokenizer: str = setting(
+        "bytes", "'bytes' or a SentencePiece .model file: that of the base", changes=(*_DATA, "checkpoint")
+    )
+    template: str = setting(
+        "gemma",
+        "Gemma's turns around prompt and response, or one after the other",
+        choices=("gemma", "plain"),
+        changes=_DATA,
+    )
+    sequence_length: int = setting(
+        256, "tokens a row T; several records share one", low=2, changes=(*_DATA, "recompile")
+    )
+    batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
+    held_out: float = setting(
+        0.05, "share of records kept for evaluation, by hash of their text", above=0, below=1, changes=_DATA
+    )
+    seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecallData(Section):
     """Made-up rows that ask for what stood earlier in them: selective copying and induction heads, arXiv 2402.19427, 6.2."""
 
@@ -309,6 +335,19 @@ class OptimizerConfig(Section):
     )
     clip_norm: float = setting(1.0, "global gradient norm clip; 0 for none", low=0, changes=_MATH)
     adaptive_clip: float = setting(0.0, "adaptive gradient clipping (NFNet: 0.01); 0 for none", low=0, changes=_MATH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Section):
+    section: ClassVar[str] = "finetune"
+    base: str = setting("", "a run whose newest parameters to start from; empty for random ones", changes=("result",))
+    lora_rank: int = setting(
+        0,
+        "rank of what is added to each matrix and alone learns (arXiv 2106.09685); 0: all parameters learn",
+        low=0,
+        changes=_ARCH,
+    )
+    lora_alpha: float = setting(16.0, "what is added is scaled by alpha / rank", above=0, changes=_MATH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +417,7 @@ class EvalConfig(Section):
 
 
 ModelConfig = GriffinConfig | GemmaConfig | NFNetConfig
-DataConfig = TextData | RecallData | ImageData
+DataConfig = TextData | ChatData | RecallData | ImageData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +428,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig = TrainerConfig()

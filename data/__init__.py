@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from configs.schema import DataConfig, ImageData, RecallData, TextData
+from configs.schema import ChatData, DataConfig, ImageData, RecallData, TextData
+from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
 from data.recall import open_recall
@@ -12,6 +13,7 @@ from data.text import open_text
 
 SOURCES: dict[str, Callable[[Any], Dataset]] = {
     TextData.kind: open_text,
+    ChatData.kind: open_chat,
     RecallData.kind: open_recall,
     ImageData.kind: open_images,
 }

@@ -46,9 +46,10 @@ class Dataset:
     batch_size: int  # rows a step over all hosts
     seed: int
     summary: tuple[str, ...]  # what was found, at most two lines
-    skipped: list[tuple[str, str]]  # (path, reason), in path order
+    skipped: list[tuple[str, str]]  # (path, or file:line of a record, reason), in that order
     process_index: int = 0
     process_count: int = 1
+    unit: str = "file"  # what is skipped
 
     def __post_init__(self) -> None:
         if self.batch_size % self.process_count:
@@ -96,7 +97,7 @@ class Dataset:
 
     def describe(self) -> list[str]:
         """At most three lines for the start-up plan: what is there, how it is cut, what was left out and why."""
-        return [*self.summary, *([f"skipped {count_reasons(self.skipped)}"] if self.skipped else [])]
+        return [*self.summary, *([f"skipped {count_reasons(self.skipped, self.unit)}"] if self.skipped else [])]
 
     def _positions(self, step: int) -> np.ndarray:
         """int64 [b]: this host's contiguous share of the global batch's positions."""
@@ -118,10 +119,10 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def count_reasons(skipped: list[tuple[str, str]]) -> str:
+def count_reasons(skipped: list[tuple[str, str]], unit: str = "file") -> str:
     """`3 files: 2 not UTF-8 (a.py, ...), 1 empty (b.py)`."""
     parts = []
     for reason, count in sorted(Counter(reason for _, reason in skipped).items()):
         first = next(path for path, why in skipped if why == reason)
         parts.append(f"{count} {reason} ({first}{', ...' if count > 1 else ''})")
-    return f"{len(skipped)} file{'s' if len(skipped) != 1 else ''}: {', '.join(parts)}"
+    return f"{len(skipped)} {unit}{'s' if len(skipped) != 1 else ''}: {', '.join(parts)}"

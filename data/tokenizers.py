@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
         """Text of the ids; control tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
         ...
 
+    def special(self, piece: str) -> int | None:
+        """Id of a token that no text is encoded to, such as <start_of_turn>; None where there is none."""
+        ...
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 is BOS: every text there and back exactly."""
@@ -52,6 +56,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
+
+    def special(self, piece: str) -> int | None:
+        return None
 
 
 class SentencePieceTokenizer:
@@ -97,6 +104,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         ids = [int(i) for i in ids]
         return self._spelled(ids) if self.lossless else self._model.decode(ids)
+
+    def special(self, piece: str) -> int | None:
+        found = self._model.piece_to_id(piece)
+        return found if self._model.id_to_piece(found) == piece else None
 
     def _spelled(self, ids: list[int]) -> str:
         return b"".join(self._spelling[i] for i in ids).decode(errors="replace")

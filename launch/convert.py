@@ -22,6 +22,7 @@ from trainer.array_folder import is_orbax, read_arrays, write_tree
 from trainer.checkpoint import Checkpoints, StorageError, reason
 from trainer.evaluate import read_config
 from trainer.imported import abstract_arrays, write_first_state
+from trainer.lora import merged_tensors
 
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-3  # of logits in float32: rounding of deep models stays below, every known mistake is far above
@@ -217,7 +218,10 @@ def newest_parameters(run: pathlib.Path, config: Config) -> tuple[int, Mapping[s
         raise StorageError(f"{run} has no committed checkpoint yet")
     arrays = read_arrays(run / "checkpoints" / str(step) / "state")
     names = [name for name in abstract_arrays(config) if name.startswith("model/")]
-    return step, {name.removeprefix("model/"): arrays[name.replace("/", ".")] for name in names}
+    found = {name.removeprefix("model/"): arrays[name.replace("/", ".")] for name in names}
+    if config.finetune.lora_rank:
+        found = merged_tensors(found, config.finetune.lora_alpha / config.finetune.lora_rank)
+    return step, found
 
 
 def readme(config: Config, step: int, layout: griffin.Layout) -> str:

@@ -85,11 +85,11 @@ class Sampler:
     """
 
     def __init__(self, options: argparse.Namespace, prompts: list[str]):
-        from configs.schema import ConfigError, TextData
+        from configs.schema import ChatData, ConfigError, TextData
         from trainer.evaluate import read_config
 
         self.config = config = read_config(options.run)
-        if not isinstance(config.data, TextData):
+        if not isinstance(config.data, TextData | ChatData):
             raise ConfigError(f"{options.run} was trained on {config.data.kind}: only text runs continue a prompt")
         self.options, self.prompts, self.data = options, prompts, config.data
         self.figures = ""
@@ -99,6 +99,8 @@ class Sampler:
         import jax.numpy as jnp
         import numpy as np
 
+        from configs.schema import ChatData
+        from data.chat import end_ids, open_chat_tokenizer, prompt_ids
         from data.text import open_tokenizer
         from models.decode import ENDED, Draw, generate
         from sharding.mesh import one_device_mesh
@@ -108,8 +110,18 @@ class Sampler:
         options, mesh = self.options, one_device_mesh()
         # An imported run has met no data yet, and its tokenizer is a file of its own.
         met_data = (pathlib.Path(options.run).expanduser() / "data_manifest.json").exists()
-        tokenizer = open_tokenizer(self.data, read_manifest(options.run) if met_data else None)
-        ids = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]) for prompt in self.prompts]
+        manifest = read_manifest(options.run) if met_data else None
+        eos_id: int | None
+        if isinstance(self.data, ChatData):
+            tokenizer, template = open_chat_tokenizer(self.data, manifest), self.data.template
+            encoded = (tokenizer.encode(prompt).tolist() for prompt in self.prompts)
+            ids = [np.array(prompt_ids(prompt, template, tokenizer)) for prompt in encoded]
+            end = end_ids(template, tokenizer)
+            eos_id = end[0] if len(end) == 1 else None  # spelled out, it is text like any other
+        else:
+            tokenizer = open_tokenizer(self.data, manifest)
+            ids = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]) for prompt in self.prompts]
+            eos_id = tokenizer.eos_id
         spellings = [Spelling(tokenizer, prompt) for prompt in ids]
         dtype = jnp.dtype(self.config.trainer.compute_dtype)
         with jax.set_mesh(mesh):
@@ -122,7 +134,7 @@ class Sampler:
                 draw=Draw(options.temperature, options.top_k, options.top_p),
                 vocab_size=tokenizer.vocab_size,
                 seed=options.seed,
-                eos_id=tokenizer.eos_id,
+                eos_id=eos_id,
             )
             count, times = 0, []
             for tokens in drawing:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from configs.schema import Config
+from configs.compare import differences
+from configs.schema import Config, ConfigError
 from configs.store import from_json
 from data.dataset import Dataset
 from models.params import Spec
@@ -46,12 +47,28 @@ def read_config(run: str | pathlib.Path) -> Config:
 
 def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh) -> tuple[Any, int]:
     """Model and step of a run's newest committed checkpoint, laid out on the current `mesh`; the rest is not read."""
-    folder = pathlib.Path(run).expanduser() / "checkpoints"
-    abstract = jax.eval_shape(lambda key: make_task(config).init(key, rules_for(mesh).spec), jax.random.key(0))
+    folder, task = pathlib.Path(run).expanduser() / "checkpoints", make_task(config)
+    abstract = jax.eval_shape(lambda key: task.init(key, rules_for(mesh).spec), jax.random.key(0))
     if not folder.is_dir():
         raise StorageError(f"{run} has no checkpoint yet")
     with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise StorageError(f"{run} has no committed checkpoint yet")
-        return checkpoints.restore_part(step, "model", concrete(abstract, mesh)), step
+        return jax.jit(task.whole)(checkpoints.restore_part(step, "model", concrete(abstract, mesh))), step
+
+
+def open_base(config: Config, mesh: Mesh) -> Any:
+    """The model of the run that `config.finetune.base` names. Raises ConfigError if this run's model is another one."""
+    run = config.finetune.base
+    base = read_config(run)
+    unfit = [d for d in differences(base, config) if d.path.startswith("model.") and "checkpoint" in d.effects]
+    tokenizers = [getattr(c.data, "tokenizer", None) for c in (base, config)]
+    if (pathlib.Path(run).expanduser() / "data_manifest.json").exists() and None not in tokenizers:
+        unfit += [d for d in differences(base, config) if d.path == "data.tokenizer"]
+    if unfit or base.model.kind != config.model.kind:
+        listed = "; ".join(str(d) for d in unfit) or f"model.kind={base.model.kind!r} -> {config.model.kind!r}"
+        raise ConfigError(
+            f"finetune.base={run!r} is another model than this config's, whose arrays or ids mean other things: {listed}"
+        )
+    return load_model(run, base, mesh)[0]

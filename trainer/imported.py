@@ -24,7 +24,7 @@ def abstract_arrays(config: Config) -> dict[str, jax.Array]:
     """Every array of a run's state by its name on disk: shapes and dtypes, nothing is allocated."""
     task = make_task(config)
     schedule = make_schedule(config.optimizer, config.trainer.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
+    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns)
     with jax.set_mesh(one_device_mesh()):
         return named_leaves(
             jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec))

@@ -17,7 +17,7 @@ from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
 from trainer.checkpoint import Checkpoints, concrete
-from trainer.evaluate import evaluate, place_batch
+from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.metrics import Reporter
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.run_folder import RunFolder
@@ -49,7 +49,7 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
 
     task = make_task(config)
     schedule = make_schedule(config.optimizer, config.trainer.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips)
+    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
 
     reporter = Reporter(
@@ -70,7 +70,8 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
 
         if latest is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            state, start = jax.jit(init, out_shardings=shardings)(), 0
+            base = open_base(config, mesh) if config.finetune.base else None
+            state, start = jax.jit(lambda base: init(base=base), out_shardings=shardings, donate_argnums=0)(base), 0
         else:
             state, meta = checkpoints.restore(latest, abstract)
             start = meta["step"]
@@ -157,10 +158,15 @@ def plan(
         f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up"
         + (": too few steps to reach the peak" if optimizer.warmup_steps > trainer.steps else ""),
         f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
-        f"state       {'new, from seed ' + str(trainer.seed) if latest is None else f'resume from step {latest}'}",
+        f"state       {origin(config) if latest is None else f'resume from step {latest}'}",
         *(f"note        {note}" for note in config.notes()),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
+
+
+def origin(config: Config) -> str:
+    base = config.finetune.base
+    return f"new, the parameters of {base}" if base else f"new, from seed {config.trainer.seed}"
 
 
 def read(pending: tuple) -> tuple[int, dict[str, float], float]:

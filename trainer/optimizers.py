@@ -20,9 +20,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, decays: Callable[[str], bool], clips: Callable[[str], bool]
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    decays: Callable[[str], bool],
+    clips: Callable[[str], bool],
+    learns: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, then weight decay and the update rule. `decays` and `clips` take a parameter's name."""
+    """Clipping, then weight decay and the update rule. `decays`, `clips` and `learns` take a parameter's name; those that
+    don't learn (None: all do) must have no gradient, and get no moments."""
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.adaptive_clip:
         clip.append(optax.masked(optax.adaptive_grad_clip(config.adaptive_clip, eps=1e-3), by_name(clips)))
@@ -38,7 +43,8 @@ def make_optimizer(
             optax.sgd(schedule, momentum=config.beta1, nesterov=True),
         ],
     }
-    return optax.chain(*clip, *rules[config.name]())
+    rule = optax.chain(*clip, *rules[config.name]())
+    return optax.masked(rule, by_name(learns)) if learns else rule
 
 
 def by_name(predicate: Callable[[str], bool]) -> Callable:

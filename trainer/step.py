@@ -21,8 +21,13 @@ class State:
     opt_state: Any
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, spec: Spec) -> State:
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, seed: int, spec: Spec, base: Any | None = None
+) -> State:
+    """The state before the first step; with the parameters of `base`, if one is given, in place of random ones."""
     model = task.init(jax.random.key(seed), spec)
+    if base is not None:
+        model = task.with_base(model, base)
     return State(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model))
 
 

@@ -33,10 +33,18 @@ class Task:
     flops_per_step: float  # matrix FLOPs of forward and backward
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool]  # parameter name -> adaptive clipping applies
+    learns: Callable[[str], bool] | None = None  # parameter name -> it is trained; None: all are
+    whole: Callable[[Any], Any] = lambda model: model  # what is trained -> the model that is sampled from
+    with_base: Callable[[Any, Any], Any] = lambda model, base: (
+        base
+    )  # (what init gave, model to start from) -> what is trained
 
 
 def make_task(config: Config) -> Task:
-    return TASKS[config.data.kind](config)
+    from trainer.lora import adapted  # which needs Task
+
+    task = TASKS[config.data.kind](config)
+    return adapted(task, config.finetune) if config.finetune.lora_rank else task
 
 
 def language_modelling(config: Config) -> Task:
@@ -159,6 +167,7 @@ def check_fits(config: Config, manifest: dict) -> None:
 
 TASKS: dict[str, Callable[[Config], Task]] = {
     "text": language_modelling,
+    "chat": language_modelling,
     "recall": recall,
     "images": image_classification,
 }
