@@ -65,8 +65,8 @@ def test_training_begins_with_the_outputs_of_the_base():
 def test_gradients_are_those_of_the_matrix_times_the_other_factor(adapted):
     """dA = s dW B', dB = s A' dW, with dW the gradient of the plain model at W + s A B, in numpy."""
     lora, plain, batch, key = make_task(LORA), make_task(PLAIN), random_batch(), jax.random.key(0)
-    gradient = jax.jit(jax.grad(lora.loss))(adapted, batch, key)
-    dense = named_leaves(jax.jit(jax.grad(plain.loss))(lora.whole(adapted), batch, key))
+    gradient, _ = jax.jit(jax.grad(lora.loss, has_aux=True))(adapted, batch, key)
+    dense = named_leaves(jax.jit(jax.grad(plain.loss, has_aux=True))(lora.whole(adapted), batch, key)[0])
     for path, pair in adapted.adapters.items():
         a, b = (np.asarray(pair[part], np.float64) for part in "ab")
         d_kernel = np.asarray(dense[f"{path}/kernel"], np.float64)
@@ -101,7 +101,8 @@ def test_every_linear_has_an_adapter_and_nothing_else_learns(adapted):
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=4, tensor=2)], ids=str)
 def test_eight_devices_learn_what_one_does(adapted, sizes):
     task, key = make_task(LORA), jax.random.key(0)
-    loss, gradient = jax.jit(jax.value_and_grad(task.loss))(adapted, random_batch(), key)
+    value_and_grad = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    (loss, _), gradient = value_and_grad(adapted, random_batch(), key)
     host = jax.tree.map(np.asarray, adapted)
     mesh = make_mesh(MeshConfig(**sizes))
     with jax.set_mesh(mesh):
@@ -110,7 +111,7 @@ def test_eight_devices_learn_what_one_does(adapted, sizes):
         placed = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, jax.NamedSharding(mesh, like.sharding.spec)), host, layout
         )
-        many, their = jax.jit(jax.value_and_grad(task.loss))(placed, place_batch(random_batch(), mesh, spec), key)
+        (many, _), their = value_and_grad(placed, place_batch(random_batch(), mesh, spec), key)
     np.testing.assert_allclose(many, loss, rtol=1e-5)
     for name, leaf in named_leaves(gradient.adapters).items():
         other = np.asarray(named_leaves(their.adapters)[name])
