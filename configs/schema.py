@@ -43,6 +43,24 @@ def divides(section: "Section", divisor: str, number: str) -> None:
         raise ConfigError(f"{section.show(divisor)} does not divide {section.show(number)}{hint}")
 
 
+def attention_blocks() -> Any:
+    return setting(
+        (0,),
+        "queries and keys of a block of TPU attention, one number or eight (see models/kernels/splash_tpu.py); 0 for "
+        "those of published records",
+        low=0,
+        changes=("recompile",),
+    )
+
+
+def check_attention_blocks(section: "Section") -> None:
+    blocks = section.attention_blocks  # type: ignore[attr-defined]
+    if len(blocks) not in (1, 8) or any(size % 128 for size in blocks):
+        raise ConfigError(
+            f"{section.show('attention_blocks')} is not one or eight multiples of 128 (0 for the default)"
+        )
+
+
 def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return {int: "whole numbers", str: "words"}[typing.get_args(hint)[0]] + " separated by commas"
@@ -129,8 +147,10 @@ class GriffinConfig(Section):
     conv_width: int = setting(4, "taps of the causal convolution", low=1, changes=_ARCH)
     embedding_scale: bool = setting(False, "multiply embeddings by sqrt(D) (RecurrentGemma)", changes=_MATH)
     logits_soft_cap: float = setting(0.0, "c of c*tanh(logits/c); 0 for none", low=0, changes=_MATH)
+    attention_blocks: tuple[int, ...] = attention_blocks()
 
     def check(self) -> None:
+        check_attention_blocks(self)
         divides(self, "num_heads", "width")
         divides(self, "num_gate_blocks", "rnn_width")
         if "attn" in self.pattern and (self.width // self.num_heads) % 4:
@@ -173,8 +193,10 @@ class GemmaConfig(Section):
     rope_divisor_global: float = setting(
         1.0, "divides positions in global layers (Gemma 3 4B and up: 8)", above=0, changes=_MATH
     )
+    attention_blocks: tuple[int, ...] = attention_blocks()
 
     def check(self) -> None:
+        check_attention_blocks(self)
         divides(self, "num_kv_heads", "num_heads")
         if self.head_dim % 2:
             raise ConfigError(f"{self.show('head_dim')} is odd: rotary embedding pairs features, give an even number")
@@ -358,7 +380,7 @@ class MeshConfig(Section):
     replica: int = setting(1, "copies across slices", low=-1, changes=("recompile",))
     data: int = setting(-1, "data-parallel devices", low=-1, changes=("recompile",))
     fsdp: int = setting(1, "devices that share parameters and optimizer state", low=-1, changes=("recompile",))
-    sequence: int = setting(1, "devices that share a sequence (Griffin)", low=1, changes=("recompile",))
+    sequence: int = setting(1, "devices that share a sequence of tokens", low=1, changes=("recompile",))
     tensor: int = setting(1, "devices that share heads and hidden units", low=-1, changes=("recompile",))
     simulated_devices: int = setting(0, "CPU devices to simulate; 0 uses the real ones", low=0, changes=("recompile",))
 
@@ -441,9 +463,9 @@ class Config:
                 f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
                 f"{self.model.kind} trains on {'images' if image else 'text'}"
             )
-        if self.mesh.sequence > 1 and not isinstance(self.model, GriffinConfig):
+        if self.mesh.sequence > 1 and image:
             raise ConfigError(
-                f"{self.mesh.show('sequence')} contradicts model.kind={self.model.kind!r}: only griffin can divide a "
+                f"{self.mesh.show('sequence')} contradicts model.kind={self.model.kind!r}: only language models divide a "
                 f"sequence among devices, the others need mesh.sequence=1"
             )
         if not isinstance(self.data, ImageData) and self.data.sequence_length % self.mesh.sequence:

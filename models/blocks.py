@@ -50,30 +50,6 @@ def einsum_float32(equation: str, x: jax.Array, y: jax.Array, out_sharding: Part
     return jnp.einsum(equation, x, y, out_sharding=out_sharding, preferred_element_type=jnp.float32)
 
 
-def attention_mask(segment_pos: jax.Array, left: int | None) -> jax.Array:
-    """(B T T) booleans: a query sees keys of its document, not after it and at most `left` tokens before it."""
-    documents = jnp.cumsum(segment_pos == 0, axis=1)
-    index = jnp.arange(segment_pos.shape[1])
-    distance = index[:, None] - index[None, :]
-    near = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
-    return (documents[:, :, None] == documents[:, None, :]) & near[None]
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float = 0.0) -> jax.Array:
-    """Softmax attention (B T N H); q (B T N H) already scaled, k and v (B T K H), mask (B T T). Softmax in float32.
-
-    Query heads are contiguous per key-value head: heads 0..N/K-1 read key-value head 0.
-    """
-    heads = jax.typeof(q).sharding.spec
-    k, v = (reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, out_sharding=PartitionSpec(heads[0], heads[2], None, None))
-    scores = scores.astype(jnp.float32)
-    if soft_cap:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v, out_sharding=heads)
-
-
 class Linear(nnx.Module):
     """x (B T in) -> (B T out). `axes` are the kernel's logical axes; `out_shape` may hold several dimensions."""
 
@@ -163,7 +139,7 @@ class Stack(nnx.Module):
         self.tail = nnx.Dict({name: make(kind, init.scope("tail").scope(name)) for name, kind in tail})
 
     def __call__(self, x: jax.Array, *context, remat: str = "none") -> jax.Array:
-        """`remat`: what the backward pass recomputes: "none" of a layer, all but its matrix products ("dots"), the "layer"."""
+        """`remat`: what the backward pass recomputes: "none" of a layer, all but its matrix products and attention ("dots"), the "layer"."""
 
         def rematted(in_scan: bool) -> Callable:
             def apply(layer, x):
@@ -171,7 +147,11 @@ class Stack(nnx.Module):
 
             if remat == "none":
                 return apply
-            saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+            policies = jax.checkpoint_policies
+            products = policies.save_from_both_policies(
+                policies.dots_saveable, policies.save_only_these_names("context")
+            )
+            saved = products if remat == "dots" else None
             # A scan's backward pass is a loop of its own: XLA cannot merge it with the forward pass and need not be kept
             # from trying, which would cost fusions.
             return jax.checkpoint(apply, policy=saved, prevent_cse=not in_scan)

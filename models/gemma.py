@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import reshard
 
 from configs.schema import GemmaConfig
-from models.attention_local import local_attention
-from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
+from models.attention import self_attention
+from models.blocks import Embedding, GatedMLP, Linear, Stack, rms_norm, rope
 from models.griffin import embedding_scale
 from models.params import Init, cast_kernels, zeros
 from models.state import KeyValues, State, advance, ring_attention, visible
@@ -114,18 +114,16 @@ class Attention(nnx.Module):
         self.q_norm = init.param("q_norm", (head,), (None,), zeros) if config.qk_norm else None
         self.k_norm = init.param("k_norm", (head,), (None,), zeros) if config.qk_norm else None
         self.kind, local = kind, kind == "local"
-        self.left = config.window - 1 if local else None  # attention_mask counts the keys before the query
+        self.left = config.window - 1 if local else None  # self_attention counts the keys before the query's own
         self.base = config.rope_base_local if local else config.rope_base_global
         # Positions are compressed in global layers only, to extend the context (Gemma 3 report, section 2).
         self.divisor = 1.0 if local else config.rope_divisor_global
         self.query_scale = config.query_scale or head**-0.5
-        self.soft_cap, self.spec = config.attention_soft_cap, init.spec
+        self.soft_cap, self.blocks, self.spec = config.attention_soft_cap, config.attention_blocks, init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
-        if self.left is None:
-            return self.out(attention(q, k, v, attention_mask(segment_pos, None), self.soft_cap))
-        return self.out(local_attention(q, k, v, segment_pos, self.left, self.soft_cap))
+        return self.out(self_attention(q, k, v, segment_pos, self.left, self.soft_cap, blocks=self.blocks))
 
     def step(
         self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
-from models.attention_local import local_attention
+from models.attention import self_attention
 from models.blocks import Embedding, GatedMLP, Linear, Stack, rms_norm, rope
 from models.params import Init, Spec, cast_kernels, normal, parts, zeros
 from models.rg_lru import rg_lru_scan, rg_lru_shared
@@ -270,11 +270,11 @@ class LocalAttention(nnx.Module):
         self.k = Linear(init.scope("k"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
         self.v = Linear(init.scope("v"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
         self.out = Linear(init.scope("out"), (heads, head), (width,), (axis, None, "embed"), final / width, bias=True)
-        self.window, self.spec = config.window, init.spec
+        self.window, self.blocks, self.spec = config.window, config.attention_blocks, init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
-        return self.out(local_attention(q, k, v, segment_pos, self.window))
+        return self.out(self_attention(q, k, v, segment_pos, self.window, blocks=self.blocks))
 
     def step(
         self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]

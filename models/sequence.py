@@ -23,6 +23,18 @@ def left_halo(x: jax.Array, width: int, axis: Axis) -> jax.Array:
     return jnp.concatenate([jnp.zeros((x.shape[0], width, *x.shape[2:]), x.dtype), *parts], axis=1)
 
 
+def through_here(x: jax.Array, axis: Axis) -> jax.Array:
+    """Of x (B T ...) on `axis` devices, all that lies before this device's part and that part; zeros before the sequence.
+
+    As long as the whole sequence on every device, so that the part is the end of all of them.
+    """
+    length = x.shape[1]
+    whole = lax.all_gather(x, axis, axis=1, tiled=True)
+    none = jnp.zeros((x.shape[0], whole.shape[1] - length, *x.shape[2:]), x.dtype)
+    start = (lax.axis_index(axis) * length, whole.shape[1])
+    return lax.dynamic_slice_in_dim(jnp.concatenate([none, whole], axis=1), *start, axis=1)
+
+
 def first_index(length: int, axis: Axis) -> jax.Array | int:
     """Place in the sequence of the first of this device's `length` tokens."""
     return 0 if axis is None else lax.axis_index(axis) * length

@@ -121,7 +121,7 @@ def visible(
     """Documents (B T) of the tokens of a call, and which keys each sees, by kind of attention (B T W+T): the ring's slots,
     then the call's.
 
-    The rule is `attention_mask`'s: keys of its document, not after it and at most `left` tokens before it.
+    The rule is `self_attention`'s: keys of its document, not after it and at most `left` tokens before it.
     """
     documents = state.document[:, None] + jnp.cumsum(segment_pos == 0, axis=1)
     now = state.index + jnp.arange(segment_pos.shape[1], dtype=jnp.int32)

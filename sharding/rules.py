@@ -1,6 +1,7 @@
 """The one table from logical axis names to mesh axes. Models name axes only logically; nothing else names mesh axes."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -51,7 +52,13 @@ class Rules:
 def rules_for(mesh: Mesh) -> Rules:
     """The rules on this mesh. Only where it has devices to share a sequence do they divide it: the models that can't (and
     decoding, which has one token to divide) then never see that axis."""
-    return Rules(seq="sequence" if mesh.shape["sequence"] > 1 else None)
+    return _rules("sequence" if mesh.shape["sequence"] > 1 else None)
+
+
+@functools.cache
+def _rules(seq: str | None) -> Rules:
+    """One object a table: models keep its `spec`, and two models are of one structure only if theirs is the same."""
+    return Rules(seq=seq)
 
 
 def logical_axes() -> tuple[str, ...]:

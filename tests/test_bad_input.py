@@ -44,7 +44,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
         ("train grifin-tiny", "perhaps griffin-tiny"),
         ("train griffin-tiny --runn x", "perhaps --run"),
         ("train griffin-tiny --allow learning_rate", "perhaps optimizer.learning_rate"),
-        ("config gemma-tiny --mesh.sequence 2", "mesh.sequence=2 contradicts model.kind='gemma'"),
+        ("config nfnet-tiny --mesh.sequence 2", "mesh.sequence=2 contradicts model.kind='nfnet'"),
         ("config nfnet-tiny --trainer.z_loss 0.1", "trainer.z_loss=0.1 contradicts model.kind='nfnet'"),
         ("sample", "required"),
         ("sample RUN --temperature -1", "--temperature -1 is out of range: 0 or more is allowed"),

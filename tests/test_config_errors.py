@@ -58,6 +58,14 @@ COMMAND_LINES = [
         "--mesh.sequence 3",
         "data.sequence_length=256 is not a multiple of mesh.sequence=3, the devices that share a sequence",
     ),
+    (
+        "--model.attention_blocks 100",
+        "model.attention_blocks=(100,) is not one or eight multiples of 128 (0 for the default)",
+    ),
+    (
+        "--model.attention_blocks 128,256",
+        "model.attention_blocks=(128, 256) is not one or eight multiples of 128 (0 for the default)",
+    ),
     ("--model.num_heads 5", "model.num_heads=5 does not divide model.width=128: the nearest that does is 4"),
     (  # found at once, without counting to a billion
         "--model.width 1_000_000_000_001",

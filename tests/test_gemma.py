@@ -12,6 +12,7 @@ import pytest
 import models.blocks
 import models.gemma
 from configs.schema import GemmaConfig
+from models import attention_blocks
 from models.gemma import Gemma, decays, train_flops
 from models.params import Init, named_leaves
 from sharding.rules import Rules
@@ -197,22 +198,19 @@ def post_norm_after_residual(block, x, segment_pos):
     return NORM(x + block.mlp(NORM(x, block.mlp_norm[...])), block.mlp_post_norm[...])
 
 
-def cap_after_mask(q, k, v, mask, soft_cap):
-    heads = jax.typeof(q).sharding.spec
-    k, v = (jax.sharding.reshard(jnp.repeat(t, q.shape[2] // k.shape[2], axis=2), heads) for t in (k, v))
-    scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k), models.blocks.MASKED)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(soft_cap * jnp.tanh(scores / soft_cap)), v)
+def cap_after_mask(q, k, v, positions, left, soft_cap, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_blocks, "MASKED", -soft_cap)  # what the cap makes of minus infinity
+        return SELF(q, k, v, positions, left, soft_cap, **options)
 
 
-def interleaved_heads(q, k, v, *rest):
+def interleaved_heads(q, k, v, *rest, **options):
     k, v = (jnp.concatenate([t] * (q.shape[2] // k.shape[2]), axis=2) for t in (k, v))
-    return ATTENTION(q, k, v, *rest)
+    return SELF(q, k, v, *rest, **options)
 
 
-NORM, ROPE, MASK, ATTENTION = (
-    getattr(models.blocks, name) for name in ("rms_norm", "rope", "attention_mask", "attention")
-)
-GELU, MLP, LOCAL = jax.nn.gelu, models.blocks.GatedMLP, models.gemma.local_attention
+NORM, ROPE, SELF = models.blocks.rms_norm, models.blocks.rope, models.gemma.self_attention
+GELU, MLP = jax.nn.gelu, models.blocks.GatedMLP
 TRAPS = {
     "w instead of 1+w": ("gemma1 mha", models.gemma, "rms_norm", lambda x, w: NORM(x, w - 1)),
     "embedding not scaled": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(1)),
@@ -228,17 +226,17 @@ TRAPS = {
     "documents see each other": (
         "gemma1 mqa",
         models.gemma,
-        "attention_mask",
-        lambda p, left: MASK(jnp.broadcast_to(jnp.arange(24)[None], p.shape), left),
+        "self_attention",
+        lambda q, k, v, p, *rest, **o: SELF(q, k, v, jnp.broadcast_to(jnp.arange(24)[None], p.shape), *rest, **o),
     ),
     "post norm after the residual": ("gemma2 27b", models.gemma.Block, "__call__", post_norm_after_residual),
-    "cap after the mask": ("gemma2 27b", models.gemma, "attention", cap_after_mask),
-    "heads interleaved over keys": ("gemma2 27b", models.gemma, "attention", interleaved_heads),
+    "cap after the mask": ("gemma2 27b", models.gemma, "self_attention", cap_after_mask),
+    "heads interleaved over keys": ("gemma2 27b", models.gemma, "self_attention", interleaved_heads),
     "window counts the keys before the query": (
         "gemma2 27b",
         models.gemma,
-        "local_attention",
-        lambda q, k, v, p, left, *rest: LOCAL(q, k, v, p, left + 1, *rest),
+        "self_attention",
+        lambda q, k, v, p, left, *rest, **o: SELF(q, k, v, p, left if left is None else left + 1, *rest, **o),
     ),
     "qk norm missing": ("gemma3 4b", models.gemma, "rms_norm", lambda x, w: x if x.ndim == 4 else NORM(x, w)),
     "divisor in local layers": (

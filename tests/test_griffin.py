@@ -180,7 +180,9 @@ def test_gradients_of_every_parameter_equal_the_reference(golden_model):
         lambda m: m.setattr(models.griffin, "embedding_scale", lambda width: np.float32(width**0.5 * 1.01)),
         lambda m: m.setattr(models.rg_lru, "SHARPNESS", 1.0),
         lambda m: m.setattr(models.griffin, "rms_norm", lambda x, s: models.blocks.rms_norm(x, s - 1)),
-        lambda m: m.setattr(models.griffin, "local_attention", lambda q, k, v, p, left: LOCAL(q, k, v, p, left - 1)),
+        lambda m: m.setattr(
+            models.griffin, "self_attention", lambda q, k, v, p, left, **o: SELF(q, k, v, p, left - 1, **o)
+        ),
         lambda m: m.setattr(models.griffin, "rope", lambda x, p, base, fraction: models.blocks.rope(x, p, base, 1.0)),
         lambda m: m.setattr(models.griffin, "rg_lru", lambda *a: RG_LRU(*a[:-1], a[-1] + 1)),
         lambda m: m.setattr(models.griffin, "causal_conv", lambda u, t, b, p: CONV(u, t[::-1], b, p)),
@@ -202,7 +204,7 @@ def test_each_trap_breaks_the_parity(golden_model, monkeypatch, trap):
     assert np.abs(np.asarray(logits_of(golden_model)[0]) - np.asarray(GOLDEN["logits"])).max() > 1e-3
 
 
-RG_LRU, CONV, LOCAL = models.griffin.rg_lru, models.griffin.causal_conv, models.griffin.local_attention
+RG_LRU, CONV, SELF = models.griffin.rg_lru, models.griffin.causal_conv, models.griffin.self_attention
 
 
 def test_packed_documents_do_not_see_each_other(golden_model):

@@ -14,7 +14,7 @@ from configs.schema import ConfigError, FinetuneConfig, MeshConfig
 from models.convert.tensors import Tensor
 from models.params import named_leaves
 from sharding.mesh import make_mesh, one_device_mesh
-from sharding.rules import Rules, rules_for
+from sharding.rules import rules_for
 from trainer.evaluate import load_model, open_base, place_batch, read_config
 from trainer.loop import train
 from trainer.lora import merged_tensors
@@ -49,13 +49,15 @@ def moved(model):
 
 @pytest.fixture(scope="module")
 def adapted():
-    with jax.set_mesh(one_device_mesh()):
-        yield moved(jax.jit(lambda: make_task(LORA).init(jax.random.key(0), Rules().spec))())
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh):
+        yield moved(jax.jit(lambda: make_task(LORA).init(jax.random.key(0), rules_for(mesh).spec))())
 
 
 def test_training_begins_with_the_outputs_of_the_base():
-    with jax.set_mesh(one_device_mesh()):
-        model = jax.jit(lambda: make_task(LORA).init(jax.random.key(0), Rules().spec))()
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh):
+        model = jax.jit(lambda: make_task(LORA).init(jax.random.key(0), rules_for(mesh).spec))()
         whole = named_leaves(make_task(LORA).whole(model))
         for name, leaf in named_leaves(model.base).items():
             np.testing.assert_array_equal(whole[name], leaf)
@@ -87,7 +89,7 @@ def test_every_linear_has_an_adapter_and_nothing_else_learns(adapted):
     task = make_task(LORA)
     schedule = make_schedule(LORA.optimizer, 10)
     optimizer = make_optimizer(LORA.optimizer, schedule, task.decays, task.clips, task.learns)
-    state = init_state(task, optimizer, 0, Rules().spec)
+    state = init_state(task, optimizer, 0, rules_for(one_device_mesh()).spec)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     assert moments <= 2 * sum(leaf.size for leaf in jax.tree.leaves(adapted.adapters)) + 8
     step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, seed=0)

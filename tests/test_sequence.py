@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models.attention_local
+import models.attention
 import models.griffin
 import models.rg_lru
 import models.sequence
-from configs.schema import GriffinConfig, MeshConfig
-from models.griffin import Griffin, Recurrence
+from configs.schema import GemmaConfig, GriffinConfig, MeshConfig
+from models import FAMILIES
+from models.griffin import Recurrence
 from models.params import Init, named_leaves
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
@@ -42,7 +43,9 @@ POSITIONS = np.stack(
 )
 
 
-def loss_and_gradients(config: GriffinConfig, sizes: MeshConfig | None, remat: str = "none") -> dict[str, np.ndarray]:
+def loss_and_gradients(
+    config: GriffinConfig | GemmaConfig, sizes: MeshConfig | None, remat: str = "none"
+) -> dict[str, np.ndarray]:
     mesh = make_mesh(sizes) if sizes else one_device_mesh()
     spec = rules_for(mesh).spec
     rng = np.random.default_rng(0)
@@ -54,7 +57,7 @@ def loss_and_gradients(config: GriffinConfig, sizes: MeshConfig | None, remat: s
         return -jnp.mean(jnp.sum(logp * chosen, axis=-1))
 
     with jax.set_mesh(mesh):
-        model = jax.jit(lambda: Griffin(config, Init(jax.random.key(0), spec)))()
+        model = jax.jit(lambda: FAMILIES[config.kind].model(config, Init(jax.random.key(0), spec)))()
         model = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)) if p.ndim else p, model)
         batch = jax.sharding.NamedSharding(mesh, spec("batch", None))
         arrays = [jax.device_put(x, batch) for x in (tokens, POSITIONS, targets)]
@@ -62,7 +65,9 @@ def loss_and_gradients(config: GriffinConfig, sizes: MeshConfig | None, remat: s
         return {"loss": np.asarray(value), **{n: np.asarray(g) for n, g in named_leaves(gradient).items()}}
 
 
-def check(config: GriffinConfig, expected: dict[str, np.ndarray], sizes: MeshConfig, remat: str = "none") -> None:
+def check(
+    config: GriffinConfig | GemmaConfig, expected: dict[str, np.ndarray], sizes: MeshConfig, remat: str = "none"
+) -> None:
     got = loss_and_gradients(config, sizes, remat)
     assert float(got["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
     for name, value in expected.items():
@@ -71,7 +76,7 @@ def check(config: GriffinConfig, expected: dict[str, np.ndarray], sizes: MeshCon
 
 
 @functools.cache
-def on_one_device(config: GriffinConfig) -> dict[str, np.ndarray]:
+def on_one_device(config: GriffinConfig | GemmaConfig) -> dict[str, np.ndarray]:
     return loss_and_gradients(config, None)
 
 
@@ -92,6 +97,28 @@ def test_devices_that_share_sequences_give_the_gradients_of_one(window, mesh):
     check(config, on_one_device(config), MESHES[mesh])
 
 
+GEMMA = dict(
+    vocab_size=16,
+    width=32,
+    mlp_width=32,
+    pattern=("local", "global"),
+    depth=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    attention_soft_cap=5.0,
+)
+GEMMA_MESHES = ["sequence 4, tensor 2", "data 2, sequence 2, tensor 2", "sequence 8"]
+
+
+@pytest.mark.parametrize(
+    "mesh", [GEMMA_MESHES[0], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in GEMMA_MESHES[1:])]
+)
+def test_gemmas_layers_see_windows_and_whole_pasts_across_devices(mesh):
+    config = GemmaConfig(**GEMMA, window=13)
+    check(config, on_one_device(config), MESHES[mesh])
+
+
 TRAPS = {
     "no state": (models.rg_lru, "carried_in", lambda decay, end, axis, **_: jnp.zeros_like(end)),
     "states in the wrong order": (
@@ -100,8 +127,8 @@ TRAPS = {
         lambda decay, end, axis, reverse=False: CARRIED_IN(decay, end, axis, reverse=not reverse),
     ),
     "no inputs of the convolution": (models.griffin, "left_halo", lambda x, width, axis: LEFT_HALO(0 * x, width, axis)),
-    "no earlier keys": (models.attention_local, "left_halo", lambda x, width, axis: LEFT_HALO(0 * x, width, axis)),
-    "keys before the sequence": (models.attention_local, "first_index", lambda length, axis: length),
+    "no earlier keys": (models.attention, "left_halo", lambda x, width, axis: LEFT_HALO(0 * x, width, axis)),
+    "keys before the sequence": (models.attention, "first_index", lambda length, axis: length),
 }
 CARRIED_IN, LEFT_HALO = models.sequence.carried_in, models.sequence.left_halo
 
@@ -112,6 +139,15 @@ def test_each_trap_breaks_the_parity(trap, monkeypatch):
     config = GriffinConfig(**SMALL, window=12)
     expected = on_one_device(config)
     monkeypatch.setattr(*TRAPS[trap])
+    with pytest.raises(AssertionError):
+        check(config, expected, MESHES["sequence 8"])
+
+
+@pytest.mark.slow
+def test_a_past_one_token_off_breaks_the_parity(monkeypatch):
+    config, through_here = GemmaConfig(**GEMMA, window=13), models.sequence.through_here
+    expected = on_one_device(config)
+    monkeypatch.setattr(models.attention, "through_here", lambda x, axis: jnp.roll(through_here(x, axis), 1, axis=1))
     with pytest.raises(AssertionError):
         check(config, expected, MESHES["sequence 8"])
 

@@ -80,8 +80,9 @@ def check_meshes(name: str, meshes: dict[str, MeshConfig]) -> None:
 
 
 @pytest.mark.slow
-def test_devices_that_share_sequences_give_the_losses_of_one():
-    check_meshes("griffin-tiny", {"data 2, sequence 4": MeshConfig(data=2, sequence=4)})
+@pytest.mark.parametrize("name", ["griffin-tiny", "gemma-tiny"])
+def test_devices_that_share_sequences_give_the_losses_of_one(name):
+    check_meshes(name, {"data 2, sequence 4": MeshConfig(data=2, sequence=4)})
 
 
 def test_adamw_is_the_papers_update():
