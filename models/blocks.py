@@ -116,21 +116,25 @@ class GatedMLP(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table (V D), read at the input and, transposed, at the output."""
+    """Token table (V D), read at the input and, transposed, at the output. Its last `padding_rows` are no tokens."""
 
-    def __init__(self, init: Init, vocab_size: int, width: int):
-        self.table = init.param("table", (vocab_size, width), ("vocab", "embed"), normal(1 / width))
-        self.spec = init.spec
+    def __init__(self, init: Init, vocab_size: int, width: int, padding_rows: int = 0):
+        self.table = init.param("table", (vocab_size + padding_rows, width), ("vocab", "embed"), normal(1 / width))
+        self.spec, self.vocab_size, self.padding_rows = init.spec, vocab_size, padding_rows
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         table = reshard(self.table[...], self.spec(None, None))
         return table.at[tokens].get(out_sharding=self.spec("batch", "seq", None))
 
     def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
-        """(B T V) in float32; `soft_cap` 0 is none."""
+        """(B T V) in float32; `soft_cap` 0 is none. Padding rows have no probability: their logits are MASKED."""
         table = reshard(self.table[...], self.spec("vocab", None))
         logits = einsum_float32("btd,vd->btv", x, table, self.spec("batch", "seq", "vocab"))
-        return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+        logits = soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+        if not self.padding_rows:
+            return logits
+        tokens = reshard(jnp.arange(table.shape[0]) < self.vocab_size, self.spec("vocab"))
+        return jnp.where(tokens[None, None], logits, MASKED)
 
 
 class Stack(nnx.Module):

@@ -13,7 +13,6 @@ from jax.sharding import reshard
 from configs.schema import GemmaConfig
 from models.attention_local import local_attention
 from models.blocks import Embedding, GatedMLP, Linear, Stack, attention, attention_mask, rms_norm, rope
-from models.griffin import embedding_scale
 from models.params import Init, cast_kernels, zeros
 
 
@@ -22,7 +21,7 @@ class Gemma(nnx.Module):
 
     def __init__(self, config: GemmaConfig, init: Init):
         self.config = config
-        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width)
+        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width, config.padding_rows)
         self.layers = Stack(
             init.scope("layers"), config.pattern, config.depth, lambda kind, scope: Block(config, kind, scope)
         )
@@ -35,9 +34,14 @@ class Gemma(nnx.Module):
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         # The head reads the table without this scale.
-        x = model.embedding(tokens) * embedding_scale(self.config.width).astype(dtype)
+        x = model.embedding(tokens) * embedding_scale(self.config.width, dtype)
         x = model.layers(x, segment_pos, remat=remat)
         return model.embedding.logits(rms_norm(x, model.final_norm[...]), self.config.logits_soft_cap)
+
+
+def embedding_scale(width: int, dtype: jnp.dtype) -> np.ndarray:
+    """sqrt(D) in the activations' dtype: 55.5 for 55.4256 in bfloat16, in which the released models were trained."""
+    return np.asarray(width**0.5, dtype)
 
 
 class Block(nnx.Module):
@@ -112,4 +116,4 @@ def train_flops(config: GemmaConfig, length: int) -> float:
     layers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
     projections = 2 * width * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * width * config.mlp_width
     mixing = sum(2 * heads * keys[kind] for kind in layers)
-    return 3 * 2 * (config.depth * projections + mixing + width * config.vocab_size)
+    return 3 * 2 * (config.depth * projections + mixing + width * config.table_rows)
