@@ -85,7 +85,8 @@ def published(name: str) -> Callable[[], Config]:
     size = SIZES[name]
 
     def experiment() -> Config:
-        model = GemmaConfig(**dict(zip(SHAPE, size.shape, strict=True)), **size.family, **size.rest)
+        fields: dict[str, Any] = dict(zip(SHAPE, size.shape, strict=True)) | size.family | size.rest
+        model = GemmaConfig(**fields)
         steps = round(size.tokens / (size.rows * size.length))
         optimizer = OptimizerConfig(learning_rate=size.learning_rate, warmup_steps=2000)
         return on_a_pod(name, model, size.length, size.rows, steps, optimizer)

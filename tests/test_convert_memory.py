@@ -16,8 +16,9 @@ from runs import ROOT
 from configs.griffin import recurrentgemma_2b
 from configs.parameters import COUNTS
 from configs.schema import GriffinConfig
-from models.convert.griffin import HF, their_shapes
+from models.convert.griffin import HF
 from models.convert.griffin_config import to_hf
+from models.convert.layout import their_shapes
 from models.convert.safetensors_files import write_safetensors
 from models.convert.tensors import Tensor
 from trainer.imported import abstract_arrays
