@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
@@ -27,11 +28,12 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 def rope(x: jax.Array, positions: jax.Array, base: float, fraction: float = 1.0, divisor: float = 1.0) -> jax.Array:
     """Rotary embedding of the first `fraction` of each head's features, in split halves.
 
-    x (B T N H), positions (B T) within the document; angles in float32.
+    x (B T N H), positions (B T) within the document; angles in float32. They are quotients, as in the reference: products
+    with reciprocals round otherwise, which at position 8000 moves logits by 1e-4.
     """
     rotated = int(x.shape[-1] * fraction)
-    inverse = base ** (-2 * jnp.arange(rotated // 2, dtype=jnp.float32) / rotated)
-    angles = (positions.astype(jnp.float32) / divisor)[:, :, None, None] * inverse[None, None, None, :]
+    timescale = np.asarray(base ** (2 * np.arange(rotated // 2) / rotated), np.float32)
+    angles = (positions.astype(jnp.float32) / divisor)[:, :, None, None] / timescale[None, None, None, :]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second, rest = jnp.split(x, (rotated // 2, rotated), axis=-1)
     first, second, dtype = first.astype(jnp.float32), second.astype(jnp.float32), x.dtype
