@@ -43,7 +43,8 @@ WEIGHT = np.random.default_rng(2).standard_normal((45, 48)).astype(np.float32) /
 
 
 def tokens_of(rows: int, length: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(48, size=(rows, length)).astype(np.int32)
+    """None is 0, the padding token: transformers gives its row of the table no gradient from the input."""
+    return np.random.default_rng(1).integers(1, 48, size=(rows, length)).astype(np.int32)
 
 
 def flax_parameters(model: GemmaConfig, seed: int = 0, dtype: type = np.float32) -> dict:
