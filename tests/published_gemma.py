@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 from configs.schema import GemmaConfig
 
 # D = 40, so that N * H = 48 is not D and sqrt(D) = 6.3246 is not a bfloat16; W = 5, a ninth of a row of 45 tokens.
-TINY = dict(vocab_size=48, width=40, num_heads=4, head_dim=12, mlp_width=56, window=5)
+TINY = dict(vocab_size=48, width=40, num_heads=4, head_dim=12, mlp_width=56)
 GEMMA1 = dict(pattern=("global",), qk_norm=False, post_norm=False, rope_base_global=1e4)
-GEMMA2 = dict(pattern=("local", "global"), qk_norm=False, rope_base_global=1e4, logits_soft_cap=30.0)
-GEMMA3 = dict(pattern=("local", "local", "global"), rope_base_global=1e6)
+GEMMA2 = dict(window=5, pattern=("local", "global"), qk_norm=False, rope_base_global=1e4, logits_soft_cap=30.0)
+GEMMA3 = dict(window=5, pattern=("local", "local", "global"), rope_base_global=1e6)
 # Depths leave one local layer of Gemma 2, and two of Gemma 3, outside the scanned groups.
 MODELS = {
     "gemma1 mqa": GemmaConfig(**TINY, **GEMMA1, depth=2, num_kv_heads=1, padding_rows=4),
