@@ -83,7 +83,8 @@ def import_run(source: Source, config: Config, run: pathlib.Path, dtype: np.dtyp
         if verify:
             print(compare(source, config, partial))
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
-    print(f"{run}: {len(expected)} tensors, {parameters:,} parameters, as step 0 of {config.name}")
+    number = len(source.family.released(source.format, model, source.tensors))
+    print(f"{run}: {number} tensors, {parameters:,} parameters, as step 0 of {config.name}")
     if isinstance(config.data, TextData) and not config.data.tokenizer.endswith(".model"):
         print(
             f"no tokenizer.model lies beside {source.path}: import with --data.tokenizer FILE.model to sample or train"
