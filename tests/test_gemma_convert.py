@@ -7,7 +7,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
-from published_gemma import MODELS, flax_parameters, hf_config, hf_tensors, orbax_tree, write_hf, write_orbax
+from published_gemma import MODELS, flax_parameters, hf_config, hf_tensors, orbax_tree, tokens_of, write_hf, write_orbax
 from runs import saved_arrays
 from safetensors.numpy import load_file
 from test_convert import done, refused, same_bits
@@ -131,6 +131,18 @@ def test_a_released_bfloat16_checkpoint_comes_back_as_it_was(tmp_path):
     same_bits(load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
     done("export", tmp_path / "run", "--format", "flax", "--dtype", "bfloat16", "--to", tmp_path / "flax")
     same_bits(read_orbax(tmp_path / "flax" / "theirs"), released(model, BFLOAT16))
+
+
+def test_logits_of_an_imported_run_are_transformers_for_tokens_alone(imported, tmp_path, capsys):
+    """Padding rows are neither in the file nor allowed as tokens."""
+    tokens = tokens_of(1, 45)
+    np.save(tmp_path / "tokens.npy", tokens)
+    words = ["logits", imported["gemma2 27b"] / "run", "--tokens", tmp_path / "tokens.npy", "--out"]
+    done(*words, tmp_path / "logits.npy")
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "gemma.npz")
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy")[0], golden["gemma2 27b/logits"][0], rtol=0, atol=2e-5)
+    np.save(tmp_path / "tokens.npy", np.full((1, 45), 48))
+    assert "0 to 47 are allowed (model.vocab_size=48)" in refused(capsys, [*words, tmp_path / "more.npy"], code=2)
 
 
 @pytest.mark.parametrize("name", MODELS)
