@@ -21,13 +21,17 @@ from test_convert import done
 from test_gemma_convert import config_file
 from test_gemma_golden import POSITIONS, as_tensors, logits_of, model_of
 
+from configs import EXPERIMENTS
+from configs import gemma as gemma_sizes
 from configs.store import from_json
 from launch.cli import main
 from models.convert import gemma, gemma_config
-from models.convert.layout import to_theirs
+from models.convert.layout import their_shapes, to_theirs
 from models.convert.peers import gemma_logits, gemma_model, gemma_parameters, transformers_logits
-from models.params import named_leaves
+from models.gemma import Gemma
+from models.params import Init, named_leaves
 from sharding.mesh import one_device_mesh
+from sharding.rules import Rules
 from trainer.evaluate import load_model
 
 pytestmark = pytest.mark.parity
@@ -196,6 +200,20 @@ def test_transformers_peer_is_the_network_of_the_published_config(transformers):
         tensors, tokens = hf_tensors(flax_parameters(model), model), tokens_of(1, 45)
         ours = transformers_logits(gemma_config.to_hf)(model, as_tensors(tensors), tokens)
         np.testing.assert_array_equal(ours, their_logits(network_of(transformers, name), tokens).detach().numpy())
+
+
+@pytest.mark.parametrize("name", gemma_sizes.PUBLISHED)
+def test_published_models_have_the_tensors_that_transformers_has(transformers, one_device, name):
+    """Names and shapes of every tensor at full size, of which nothing is allocated on either side."""
+    import torch
+
+    model = EXPERIMENTS[name]().model
+    described = gemma_config.to_hf(model)
+    with torch.device("meta"):
+        network = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    shapes = jax.eval_shape(lambda key: Gemma(model, Init(key, Rules().spec)), jax.random.key(0))
+    ours = their_shapes(model, gemma.hf(model), {n: leaf.shape for n, leaf in named_leaves(shapes).items()})
+    assert ours == {n: tuple(parameter.shape) for n, parameter in network.named_parameters()}
 
 
 # --- DeepMind's own package ---
