@@ -8,10 +8,13 @@ from configs.schema import Config
 RELEASED: dict[str, Callable[[], Config]] = {
     "recurrentgemma-2b": griffin.recurrentgemma_2b,
     "recurrentgemma-9b": griffin.recurrentgemma_9b,
+    **gemma.PUBLISHED,
 }
 TINY: dict[str, Callable[[], Config]] = {
     "griffin-tiny": griffin.tiny,
     "gemma-tiny": gemma.tiny,
+    "gemma1-tiny": gemma.gemma1_tiny,
+    "gemma2-tiny": gemma.gemma2_tiny,
 }
 EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **TINY,

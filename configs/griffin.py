@@ -7,16 +7,8 @@ byte by byte, which shows that a size runs and nothing more.
 import dataclasses
 from collections.abc import Callable
 
-from configs.schema import (
-    CheckpointConfig,
-    Config,
-    EvalConfig,
-    GriffinConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TextData,
-    TrainerConfig,
-)
+from configs.pods import on_a_pod
+from configs.schema import Config, GriffinConfig, OptimizerConfig, TextData, TrainerConfig
 
 
 def tiny() -> Config:
@@ -111,20 +103,6 @@ def recurrentgemma(name: str, width: int, depth: int, num_heads: int) -> Config:
     # DeepMind's published fine-tuning: AdamW at 1e-4 with beta2 0.96 for 100 steps. Pretraining's figures are not public.
     optimizer = OptimizerConfig(learning_rate=1e-4, beta2=0.96, warmup_steps=10)
     return on_a_pod(name, model, length=8192, rows=64, steps=100, optimizer=optimizer)
-
-
-def on_a_pod(name: str, model: GriffinConfig, length: int, rows: int, steps: int, optimizer: OptimizerConfig) -> Config:
-    """bfloat16 products, every layer recomputed, and parameters divided over all devices."""
-    return Config(
-        name=name,
-        model=model,
-        data=TextData(sequence_length=length, batch_size=rows),
-        optimizer=optimizer,
-        mesh=MeshConfig(data=1, fsdp=-1),
-        checkpoint=CheckpointConfig(every=500),
-        trainer=TrainerConfig(steps=steps, compute_dtype="bfloat16", remat="layer"),
-        eval=EvalConfig(every=500, batches=16),
-    )
 
 
 PAPER = {

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Config, GriffinConfig
+from configs.schema import Config, GemmaConfig, GriffinConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,15 @@ def griffin(config: GriffinConfig) -> Count:
     return Count(layers + d + embedding, embedding)
 
 
-COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin}  # by kind of model
+def gemma(config: GemmaConfig) -> Count:
+    d, f, h = config.width, config.mlp_width, config.head_dim
+    attention = 2 * d * h * (config.num_heads + config.num_kv_heads) + (2 * h if config.qk_norm else 0)
+    norms = (4 if config.post_norm else 2) * d
+    embedding = config.table_rows * d
+    return Count(config.depth * (attention + 3 * d * f + norms) + d + embedding, embedding)
+
+
+COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin, "gemma": gemma}  # by kind of model
 
 
 def parameter_lines(config: Config) -> list[str]:

@@ -167,7 +167,10 @@ class GemmaConfig(Section):
 
     section: ClassVar[str] = "model"
     kind: ClassVar[str] = "gemma"
-    vocab_size: int = setting(264, "rows of the embedding table", low=2, changes=_ARCH)
+    vocab_size: int = setting(264, "tokens, the first rows of the embedding table", low=2, changes=_ARCH)
+    padding_rows: int = setting(
+        0, "further rows, which are no tokens and have no probability (Gemma 1 and 2: 128)", low=0, changes=_ARCH
+    )
     width: int = setting(128, "model width D", low=1, changes=_ARCH)
     depth: int = setting(6, "residual blocks L", low=1, changes=_ARCH)
     num_heads: int = setting(4, "query heads N", low=1, changes=_ARCH)
@@ -194,6 +197,10 @@ class GemmaConfig(Section):
         1.0, "divides positions in global layers (Gemma 3 4B and up: 8)", above=0, changes=_MATH
     )
     attention_blocks: tuple[int, ...] = attention_blocks()
+
+    @property
+    def table_rows(self) -> int:
+        return self.vocab_size + self.padding_rows
 
     def check(self) -> None:
         check_attention_blocks(self)

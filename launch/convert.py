@@ -13,11 +13,13 @@ import numpy as np
 
 from configs import EXPERIMENTS
 from configs.overrides import Resolved, override, resolve
-from configs.schema import Config, ConfigError, GriffinConfig, TextData
+from configs.schema import Config, ConfigError, TextData
 from configs.suggestions import perhaps
-from models.convert import griffin, griffin_config, peers
+from models.convert.families import FAMILIES, Family, family_of
+from models.convert.hugging_face import without_head
+from models.convert.layout import LanguageModel, their_shapes, to_ours, to_theirs
 from models.convert.safetensors_files import holds_safetensors, read_safetensors, write_safetensors
-from models.convert.tensors import ConversionError, Tensor, check_tensors
+from models.convert.tensors import ConversionError, Tensor, check_tensors, first_of, resized
 from trainer.array_folder import is_orbax, read_arrays, write_tree
 from trainer.checkpoint import Checkpoints, StorageError, reason
 from trainer.evaluate import read_config
@@ -25,6 +27,7 @@ from trainer.imported import abstract_arrays, write_first_state
 from trainer.lora import merged_tensors
 
 DTYPES = ("float32", "bfloat16")
+FORMATS = ("flax", "hf")
 TOLERANCE = 1e-3  # of logits in float32: rounding of deep models stays below, every known mistake is far above
 OPTIONS = {"to": "RUN", "dtype": "DTYPE", "verify": ""}
 USAGE = """\
@@ -37,10 +40,11 @@ SRC: a folder in DeepMind's Flax layout, or safetensors of Hugging Face (a file,
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint that has been opened, not read."""
+    """A checkpoint that has been opened, not read. Tensors have the names of its family's tables."""
 
     path: pathlib.Path
-    layout: griffin.Layout
+    format: str
+    family: Family
     tensors: dict[str, Tensor]
 
 
@@ -57,33 +61,31 @@ def import_main(argv: list[str]) -> int:
     if "to" not in options:
         raise ConfigError("podwright import needs --to RUN, a new folder")
     dtype = chosen_dtype(options.get("dtype", DTYPES[0]))
-    config = resolved.config
-    assert isinstance(config.model, GriffinConfig)
-    config = dataclasses.replace(
-        config, model=griffin_config.with_table_of(config.model, source.layout, str(source.path), source.tensors)
-    )
     run = pathlib.Path(options["to"]).expanduser()
-    import_run(source, config, run, dtype, "verify" in options)
+    import_run(source, resolved.config, run, dtype, "verify" in options)
     return 0
 
 
 def import_run(source: Source, config: Config, run: pathlib.Path, dtype: np.dtype, verify: bool) -> None:
     """Raises ConversionError where the tensors aren't those of the config, StorageError for a `run` that exists."""
-    assert isinstance(config.model, GriffinConfig)
+    config, source = fitted(config, source)
+    model = language_model(config)
     shapes = {
         name.removeprefix("model/"): leaf.shape
         for name, leaf in abstract_arrays(config).items()
         if name.startswith("model/")
     }
-    expected = griffin.their_shapes(config.model, source.layout, shapes)
+    layout = source.family.layouts[source.format](model)
+    expected = their_shapes(model, layout, shapes)
     check_tensors(str(source.path), source.tensors, expected)
-    ours = griffin.to_ours(config.model, source.layout, shapes, source.tensors)
+    ours = to_ours(model, layout, shapes, source.tensors)
     with whole_or_none(run) as partial:
         write_first_state(partial, config, {name: tensor.cast(dtype) for name, tensor in ours.items()})
         if verify:
             print(compare(source, config, partial))
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
-    print(f"{run}: {len(expected)} tensors, {parameters:,} parameters, as step 0 of {config.name}")
+    number = len(source.family.released(source.format, model, source.tensors))
+    print(f"{run}: {number} tensors, {parameters:,} parameters, as step 0 of {config.name}")
     if isinstance(config.data, TextData) and not config.data.tokenizer.endswith(".model"):
         print(
             f"no tokenizer.model lies beside {source.path}: import with --data.tokenizer FILE.model to sample or train"
@@ -92,11 +94,29 @@ def import_run(source: Source, config: Config, run: pathlib.Path, dtype: np.dtyp
 
 
 def open_source(path: pathlib.Path) -> Source:
-    """Raises ConversionError for what is neither layout, StorageError for what cannot be read."""
+    """Raises ConversionError for what is neither layout or of no family, StorageError for what cannot be read."""
     if not path.exists():
         raise StorageError(f"{path} does not exist")
+    form, tensors = "hf", {}
     if holds_safetensors(path):
-        return Source(path, griffin.HF, griffin_config.check_head(str(path), read_safetensors(path)))
+        tensors = read_safetensors(path)
+    else:
+        form, path = "flax", orbax_folder(path)
+        # Dots join the names on disk, and one stands in "blocks.0"; some folders have "params" above everything.
+        tensors = {re.sub(r"\.(?!\d)", "/", name.removeprefix("params.")): t for name, t in read_arrays(path).items()}
+    family = family_of(tensors)
+    if family is None:
+        titles = " or ".join(family.title for family in FAMILIES.values())
+        raise ConversionError(f"{path} is no {titles} in the {form} layout: it has {first_of(list(tensors))}")
+    named, images = family.named(form, tensors)
+    if images:
+        print(
+            f"{path}: {len(images)} tensors of images are left out ({first_of(images, 1)}), the text model is imported"
+        )
+    return Source(path, form, family, named)
+
+
+def orbax_folder(path: pathlib.Path) -> pathlib.Path:
     if path.is_dir() and not is_orbax(path):  # as downloaded: the variant's folder beside its tokenizer
         inside = [child for child in path.iterdir() if child.is_dir() and is_orbax(child)]
         path = inside[0] if len(inside) == 1 else path
@@ -104,9 +124,30 @@ def open_source(path: pathlib.Path) -> Source:
         raise ConversionError(
             f"{path} is neither an orbax folder (DeepMind's Flax layout) nor safetensors (Hugging Face)"
         )
-    # Dots join the names on disk, and one stands in "blocks.0"; some folders have "params" above everything.
-    found = {re.sub(r"\.(?!\d)", "/", name.removeprefix("params.")): t for name, t in read_arrays(path).items()}
-    return Source(path, griffin.FLAX, found)
+    return path
+
+
+def fitted(config: Config, source: Source) -> tuple[Config, Source]:
+    """The config with the vocabulary of the checkpoint's table, and the checkpoint with a table for that config."""
+    family, tensors = source.family, source.tensors
+    layout = family.layouts[source.format](language_model(config))
+    table = tensors.get(layout.table)
+    if table is None or len(table.shape) != 2:
+        raise ConversionError(
+            f"{source.path} is no {family.title} in the {source.format} layout: no table {layout.table}"
+        )
+    model = family.with_table_of(config.model, table.rows)
+    rows = family.layouts[source.format](model).table_rows
+    if source.format == "hf":
+        tensors = without_head(str(source.path), tensors, layout.table, family.title)
+    if rows is not None:
+        tensors = tensors | {layout.table: resized(table, rows)}
+    return dataclasses.replace(config, model=model), dataclasses.replace(source, tensors=tensors)
+
+
+def language_model(config: Config) -> LanguageModel:
+    assert isinstance(config.model, LanguageModel)
+    return config.model
 
 
 def taken_config(words: list[str]) -> tuple[str | None, list[str]]:
@@ -121,17 +162,20 @@ def taken_config(words: list[str]) -> tuple[str | None, list[str]]:
 
 def starting_point(source: Source, name: str | None, rest: list[str]) -> Resolved:
     """The config of the new run: the one named, that of the same shapes, or what SRC's config.json says."""
+    family = source.family
     if name is not None:
         resolved = resolve(name, rest, OPTIONS)
-        if not isinstance(resolved.config.model, GriffinConfig):
-            raise ConfigError(f"--config {name} is a {resolved.config.model.kind}: only griffin can be imported so far")
+        if resolved.config.model.kind != family.kind:
+            raise ConfigError(
+                f"--config {name} is a {resolved.config.model.kind}, but {source.path} is a {family.kind}"
+            )
         return resolved
-    if source.layout is griffin.FLAX:
-        return resolve(griffin_config.known_by_shapes(str(source.path), source.tensors), rest, OPTIONS)
+    if source.format == "flax":
+        return resolve(family.known_by_shapes(str(source.path), source.tensors), rest, OPTIONS)
     folder = source.path if source.path.is_dir() else source.path.parent
-    model = griffin_config.from_hf(folder / "config.json")
+    model = family.from_hf(folder / "config.json")
     known = [make() for make in EXPERIMENTS.values()]
-    base = next((c for c in known if c.model == model), EXPERIMENTS["recurrentgemma-2b"]())
+    base = next((c for c in known if c.model == model), EXPERIMENTS[family.base]())
     named = base if base.model == model else dataclasses.replace(base, name=folder.absolute().name, model=model)
     return override(named, f"file {folder / 'config.json'}", rest, OPTIONS)
 
@@ -156,14 +200,12 @@ def compare(source: Source, config: Config, run: pathlib.Path) -> str:
     """What the source's own implementation says to the same tokens. Raises ConversionError if it is something else."""
     from launch.logits import logits
 
-    assert isinstance(config.model, GriffinConfig)
-    # One whole document without padding, which is where both packages are right; past two windows of a small model.
-    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(1, 128)).astype(np.int32)
-    theirs_of, package = {
-        "flax": (peers.recurrentgemma_logits, "recurrentgemma"),
-        "hf": (peers.transformers_logits, "transformers"),
-    }[source.layout.name]
-    theirs = theirs_of(config.model, source.tensors, tokens)
+    # One whole document without padding, which is where all packages are right; past two windows of a small model.
+    model = language_model(config)
+    length = max(128, min(2 * model.window + 16, 1040))
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=(1, length)).astype(np.int32)
+    theirs_of, package = source.family.peers[source.format]
+    theirs = theirs_of(model, source.tensors, tokens)
     ours = np.concatenate([rows for _, rows in logits(run, config, tokens)])
     difference = float(np.abs(ours - theirs).max())
     told = f"logits of {tokens.size} tokens differ from {package}'s by at most {difference:.2g}"
@@ -177,35 +219,37 @@ def export_main(argv: list[str]) -> int:
 
     parser = Parser(prog="podwright export")
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--format", required=True, choices=sorted(griffin.LAYOUTS), help="whose layout")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="whose layout")
     parser.add_argument("--to", required=True, help="a new folder")
     parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES, help="of the tensors; released ones are bfloat16")
     options = parser.parse_args(argv)
-    export_run(options.run, griffin.LAYOUTS[options.format], pathlib.Path(options.to).expanduser(), options.dtype)
+    export_run(options.run, options.format, pathlib.Path(options.to).expanduser(), options.dtype)
     return 0
 
 
-def export_run(run: str, layout: griffin.Layout, folder: pathlib.Path, dtype: str) -> None:
+def export_run(run: str, layout: str, folder: pathlib.Path, dtype: str) -> None:
     """Writes the newest checkpoint of `run`. Raises ConfigError for a model that the format cannot represent."""
     config = read_config(run)
-    model = config.model
-    if not isinstance(model, GriffinConfig):
-        raise ConfigError(f"{run} is a {model.kind}: only griffin can be exported so far")
-    description = griffin_config.to_hf(model) if layout is griffin.HF else {}
+    family = FAMILIES.get(config.model.kind)
+    if family is None:
+        raise ConfigError(f"{run} is a {config.model.kind}: {' and '.join(FAMILIES)} can be exported")
+    model = language_model(config)
+    description = family.to_hf(model) if layout == "hf" else {}
     step, ours = newest_parameters(pathlib.Path(run).expanduser(), config)
-    theirs = griffin.to_theirs(model, layout, ours)
+    theirs = family.released(layout, model, to_theirs(model, family.layouts[layout](model), ours))
     cast = {name: tensor.cast(chosen_dtype(dtype)) for name, tensor in theirs.items()}
     with whole_or_none(folder) as partial:
-        if layout is griffin.HF:
+        if layout == "hf":
             write_safetensors(partial, cast)
             (partial / "config.json").write_text(json.dumps({**description, "dtype": dtype}, indent=2) + "\n")
         else:
-            write_tree(partial / config.name, cast)
-        (partial / "README.md").write_text(readme(config, step, layout))
+            write_tree(partial / config.name, cast, flat=family.flat)
+        header = [f"# {config.name}, step {step}", "", f"Written by `podwright export --format {layout}`.", ""]
+        (partial / "README.md").write_text("\n".join([*header, *family.readme(model, layout)]) + "\n")
         tokenizer = pathlib.Path(getattr(config.data, "tokenizer", "")).expanduser()
         if tokenizer.suffix == ".model" and tokenizer.is_file():
             shutil.copyfile(tokenizer, partial / "tokenizer.model")
-    print(f"{folder}: {len(cast)} tensors of step {step}, {dtype}, for {layout.name}")
+    print(f"{folder}: {len(cast)} tensors of step {step}, {dtype}, for {layout}")
 
 
 def newest_parameters(run: pathlib.Path, config: Config) -> tuple[int, Mapping[str, Tensor]]:
@@ -222,29 +266,6 @@ def newest_parameters(run: pathlib.Path, config: Config) -> tuple[int, Mapping[s
     if config.finetune.lora_rank:
         found = merged_tensors(found, config.finetune.lora_alpha / config.finetune.lora_rank)
     return step, found
-
-
-def readme(config: Config, step: int, layout: griffin.Layout) -> str:
-    model = config.model
-    assert isinstance(model, GriffinConfig)
-    lines = [f"# {config.name}, step {step}", "", f"Written by `podwright export --format {layout.name}`.", ""]
-    if layout is griffin.HF:
-        lines += [
-            f"`attention_window_size` is {model.window + 1} because transformers counts the token itself, while the model",
-            f"was trained to see itself and {model.window} earlier tokens. transformers agrees with it for rows without",
-            "padding and with one document each; padded and packed rows leak there (as of 5.23).",
-        ]
-    else:
-        lines += [
-            f"An orbax folder, `{config.name}/`, in the layout of DeepMind's `recurrentgemma`. Not told by the tensors:",
-            f"`attention_window_size={model.window}`, `logits_soft_cap={model.logits_soft_cap:g}`,",
-            f"`embeddings_scale_by_sqrt_dim={model.embedding_scale}`.",
-        ]
-        if model.num_heads != model.num_gate_blocks:
-            lines.append(
-                f"That package cannot build {model.num_heads} heads beside {model.num_gate_blocks} gate blocks."
-            )
-    return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager

@@ -81,4 +81,4 @@ def logits(run: str | pathlib.Path, config: Config, tokens: np.ndarray) -> Itera
             rows = tokens[first : first + size]
             padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
             batch = place_batch({"tokens": padded, "positions": positions}, mesh, Rules().spec)
-            yield first, np.asarray(program(model, batch))[: len(rows)]
+            yield first, np.asarray(program(model, batch))[: len(rows), :, : model.embedding.vocab_size]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
@@ -29,11 +30,12 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 def rope(x: jax.Array, positions: jax.Array, base: float, fraction: float = 1.0, divisor: float = 1.0) -> jax.Array:
     """Rotary embedding of the first `fraction` of each head's features, in split halves.
 
-    x (B T N H), positions (B T) within the document; angles in float32.
+    x (B T N H), positions (B T) within the document; angles in float32. They are quotients, as in the reference: products
+    with reciprocals round otherwise, which at position 8000 moves logits by 1e-4.
     """
     rotated = int(x.shape[-1] * fraction)
-    inverse = base ** (-2 * jnp.arange(rotated // 2, dtype=jnp.float32) / rotated)
-    angles = (positions.astype(jnp.float32) / divisor)[:, :, None, None] * inverse[None, None, None, :]
+    timescale = np.asarray(base ** (2 * np.arange(rotated // 2) / rotated), np.float32)
+    angles = (positions.astype(jnp.float32) / divisor)[:, :, None, None] / timescale[None, None, None, :]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second, rest = jnp.split(x, (rotated // 2, rotated), axis=-1)
     first, second, dtype = first.astype(jnp.float32), second.astype(jnp.float32), x.dtype
@@ -94,28 +96,39 @@ class GatedMLP(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table (V D), read at the input and, transposed, at the output."""
+    """Token table (V D), read at the input and, transposed, at the output. Its last `padding_rows` are no tokens."""
 
-    def __init__(self, init: Init, vocab_size: int, width: int):
-        self.table = init.param("table", (vocab_size, width), ("vocab", "embed"), normal(1 / width))
-        self.spec = init.spec
+    def __init__(self, init: Init, vocab_size: int, width: int, padding_rows: int = 0):
+        self.table = init.param("table", (vocab_size + padding_rows, width), ("vocab", "embed"), normal(1 / width))
+        self.spec, self.vocab_size, self.padding_rows = init.spec, vocab_size, padding_rows
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """(B T D) in `dtype`, of the float32 table: its gradient is summed in float32."""
         return lookup(self.spec, dtype, self.table[...], tokens)
 
     def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
-        """(B T V) in float32; `soft_cap` 0 is none."""
+        """(B T V) in float32; `soft_cap` 0 is none. Padding rows have no probability: their logits are MASKED."""
         table = reshard(self.table[...].astype(x.dtype), self.spec("vocab", None))
         logits = einsum_float32("btd,vd->btv", x, table, self.spec("batch", "seq", "vocab"))
-        return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+        logits = soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+        if not self.padding_rows:
+            return logits
+        tokens = reshard(jnp.arange(table.shape[0]) < self.vocab_size, self.spec("vocab"))
+        return jnp.where(tokens[None, None], logits, MASKED)
 
     def log_z_and_target(
         self, x: jax.Array, targets: jax.Array, soft_cap: float, logits_mib: int
     ) -> tuple[jax.Array, jax.Array]:
         """What a loss needs of the logits, (B T) each, without the logits: see `models.token_loss`."""
-        table, spec = self.table[...], self.spec
-        return log_z_and_target(x, table, targets, spec=spec, soft_cap=soft_cap, logits_mib=logits_mib)
+        return log_z_and_target(
+            x,
+            self.table[...],
+            targets,
+            spec=self.spec,
+            num_tokens=self.vocab_size,
+            soft_cap=soft_cap,
+            logits_mib=logits_mib,
+        )
 
 
 class Stack(nnx.Module):

@@ -13,7 +13,6 @@ from jax.sharding import reshard
 from configs.schema import GemmaConfig
 from models.attention import self_attention
 from models.blocks import Embedding, GatedMLP, Linear, Stack, rms_norm, rope
-from models.griffin import embedding_scale
 from models.params import Init, cast_kernels, zeros
 from models.state import KeyValues, State, advance, ring_attention, visible
 
@@ -23,7 +22,7 @@ class Gemma(nnx.Module):
 
     def __init__(self, config: GemmaConfig, init: Init):
         self.config = config
-        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width)
+        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width, config.padding_rows)
         self.layers = Stack(
             init.scope("layers"), config.pattern, config.depth, lambda kind, scope: Block(config, kind, scope)
         )
@@ -60,7 +59,7 @@ class Gemma(nnx.Module):
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         # The head reads the table without this scale.
-        x = self.embedding(tokens, dtype) * embedding_scale(self.config.width).astype(dtype)
+        x = self.embedding(tokens, dtype) * embedding_scale(self.config.width, dtype)
         if state is None:
             x = model.layers(x, segment_pos, remat=remat)
         else:
@@ -69,6 +68,11 @@ class Gemma(nnx.Module):
             state = advance(state, layers, documents)
         x = rms_norm(x, model.final_norm[...])
         return x if state is None else (x, state)
+
+
+def embedding_scale(width: int, dtype: jnp.dtype) -> np.ndarray:
+    """sqrt(D) in the activations' dtype: 55.5 for 55.4256 in bfloat16, in which the released models were trained."""
+    return np.asarray(width**0.5, dtype)
 
 
 class Block(nnx.Module):
@@ -158,4 +162,4 @@ def train_flops(config: GemmaConfig, length: int) -> float:
     layers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
     projections = 2 * width * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * width * config.mlp_width
     mixing = sum(2 * heads * keys[kind] for kind in layers)
-    return 3 * 2 * (config.depth * projections + mixing + width * config.vocab_size)
+    return 3 * 2 * (config.depth * projections + mixing + width * config.table_rows)

@@ -8,30 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published_gemma import MODELS
 
 import models.blocks
 import models.gemma
+from configs import EXPERIMENTS
+from configs.parameters import COUNTS, parameter_lines
 from configs.schema import GemmaConfig
 from models import attention_blocks
+from models.decode import Draw, generate
 from models.gemma import Gemma, decays, train_flops
 from models.params import Init, named_leaves
 from sharding.rules import Rules
+from trainer.tasks import make_task
 
-# D = 40, so that N * H = 48 is not D and sqrt(D) = 6.3246 is not a bfloat16 (6.3125 is); W = 5, rows of 24 tokens.
-TINY = dict(vocab_size=48, width=40, num_heads=4, head_dim=12, mlp_width=56, window=5)
-GEMMA1 = dict(pattern=("global",), qk_norm=False, post_norm=False, rope_base_global=1e4)
-GEMMA2 = dict(pattern=("local", "global"), qk_norm=False, rope_base_global=1e4, logits_soft_cap=30.0)
-GEMMA3 = dict(pattern=("local", "local", "global"), rope_base_global=1e6)
-# Depths leave one local layer of Gemma 2, and two of Gemma 3, outside the scanned groups.
-CONFIGS = {
-    "gemma1 mqa": GemmaConfig(**TINY, **GEMMA1, depth=2, num_kv_heads=1),
-    "gemma1 mha": GemmaConfig(**TINY, **GEMMA1, depth=2, num_kv_heads=4),
-    # A cap of 50 would not show on logits this small. The scale is the 27B's rule, (D / N)**-0.5.
-    "gemma2 27b": GemmaConfig(
-        **TINY, **GEMMA2, depth=5, num_kv_heads=2, attention_soft_cap=2.0, query_scale=(40 / 4) ** -0.5
-    ),
-    "gemma3 4b": GemmaConfig(**TINY, **GEMMA3, depth=5, num_kv_heads=2, rope_divisor_global=8.0),
-}
+CONFIGS = MODELS  # two of them have padding rows
 BROKEN = 3e-4  # a trap moves some logit by more than this; rounding alone moves none by 1e-5
 TOKENS = np.random.default_rng(1).integers(0, 48, (4, 24)).astype(np.int32)
 DOCUMENTS = [(24,), (14, 10), (1, 23), (11, 2, 11)]
@@ -72,7 +63,7 @@ def run(model, tokens=TOKENS, positions=POSITIONS, dtype=jnp.float32):
     # A fresh function each time, so that a monkeypatched trap is traced and not served from jit's cache.
     batch = jax.sharding.NamedSharding(jax.sharding.get_mesh(), Rules().spec("batch", "seq"))
     tokens, positions = jax.device_put(tokens, batch), jax.device_put(positions, batch)
-    return np.asarray(jax.jit(lambda m, t, p: m(t, p, dtype=dtype))(model, tokens, positions))
+    return np.asarray(jax.jit(lambda m, t, p: m(t, p, dtype=dtype))(model, tokens, positions))[..., :48]
 
 
 # --- the oracle: float64, no batch, no packing, one head and one layer after the other ---
@@ -80,8 +71,8 @@ def run(model, tokens=TOKENS, positions=POSITIONS, dtype=jnp.float32):
 
 def oracle(config: GemmaConfig, values: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
     """Logits (T V) of one document."""
-    table = values["embedding/table"].astype(np.float64)
-    x = table[tokens] * 6.3125  # sqrt(40) in bfloat16
+    table = values["embedding/table"].astype(np.float64)[:48]
+    x = table[tokens] * np.sqrt(40)
     for i in range(config.depth):
         kind = config.pattern[i % len(config.pattern)]
         w = layer_values(config, values, i)
@@ -213,8 +204,8 @@ NORM, ROPE, SELF = models.blocks.rms_norm, models.blocks.rope, models.gemma.self
 GELU, MLP = jax.nn.gelu, models.blocks.GatedMLP
 TRAPS = {
     "w instead of 1+w": ("gemma1 mha", models.gemma, "rms_norm", lambda x, w: NORM(x, w - 1)),
-    "embedding not scaled": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(1)),
-    "scale not rounded": ("gemma1 mha", models.gemma, "embedding_scale", lambda width: np.float32(width**0.5)),
+    "embedding not scaled": ("gemma1 mha", models.gemma, "embedding_scale", lambda *_: np.float32(1)),
+    "scale rounded in float32": ("gemma1 mha", models.gemma, "embedding_scale", lambda *_: np.float32(6.3125)),
     "gate and up swapped": (
         "gemma1 mha",
         MLP,
@@ -266,6 +257,16 @@ def test_qk_norm_comes_before_rope(build, monkeypatch):
 # --- what training relies on ---
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_small_norm_offsets_survive(dtype):
+    """1 + w in float32: an offset of 0.003 is lost where the sum is rounded to bfloat16, whose step there is 0.0078."""
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(64, 512)), dtype)
+    normed = np.asarray(NORM(x, jnp.full(512, 0.003)), np.float64)
+    ratio = normed / oracle_norm(np.asarray(x, np.float64), 0.003)
+    assert np.mean(ratio) == pytest.approx(1, abs=1e-4)  # rounding of the result alone has no bias
+    assert np.abs(ratio - 1).max() < 2**-8
+
+
 def test_no_token_sees_a_later_one(build):
     model = build("gemma3 4b")
     changed = TOKENS.copy()
@@ -282,7 +283,9 @@ def test_packed_documents_and_left_padding_change_nothing(build):
     alone = run(model, TOKENS[1:2, :14], POSITIONS[1:2, :14])[0]
     padded = np.concatenate([np.full((1, 14), -1, np.int32), POSITIONS[1:2, 14:]], axis=1)
     np.testing.assert_allclose(alone, packed[:14], atol=1e-5)
-    np.testing.assert_allclose(run(model, TOKENS[1:2], padded)[0, 14:], packed[14:], atol=1e-5)
+    after = run(model, TOKENS[1:2], padded)[0]
+    np.testing.assert_allclose(after[14:], packed[14:], atol=1e-5)
+    assert np.isfinite(after).all()  # rows of padding see no document and mean nothing, but must not spoil a gradient
 
 
 def test_gradients_equal_the_oracles_and_remat_changes_none(build):
@@ -340,36 +343,114 @@ def test_matrices_decay_and_norms_and_the_table_do_not(one_device):
     }
 
 
+# --- rows of the table that are no tokens ---
+
+
+def test_padding_rows_have_no_probability_and_no_gradient(one_device):
+    """The first row's log-probabilities are those of a softmax over 48 tokens, whatever the padding rows hold."""
+    config, values = CONFIGS["gemma2 27b"], values_of(CONFIGS["gemma2 27b"])
+    values["embedding/table"][48:] *= 100
+    batch = {"tokens": TOKENS, "segment_pos": POSITIONS, "targets": np.roll(TOKENS, -1, 1), "weights": np.ones((4, 24))}
+    batch = {name: jnp.asarray(x, jnp.float32 if name == "weights" else jnp.int32) for name, x in batch.items()}
+    base = EXPERIMENTS["gemma2-tiny"]()
+    task = make_task(dataclasses.replace(base, model=config))
+    loss, gradient = jax.jit(jax.value_and_grad(task.loss))(with_values(config, values), batch, jax.random.key(0))
+    logits = expected("gemma2 27b")
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    assert float(loss) == pytest.approx(losses.mean(), abs=1e-5)
+    table = np.asarray(gradient.embedding.table[...])
+    assert np.abs(table[:48]).min(axis=1).min() > 0
+    assert not table[48:].any()
+
+
+def test_padding_rows_are_masked_after_the_soft_cap(build):
+    model = build("gemma2 27b")
+    logits = jax.jit(lambda m: m(jnp.asarray(TOKENS), jnp.asarray(POSITIONS), dtype=jnp.float32))(model)
+    assert logits.shape == (4, 24, 52)
+    assert float(jnp.max(logits[..., 48:])) < -1e38
+
+
+def test_padding_rows_are_never_drawn(one_device):
+    """Even where the caller's vocabulary is as large as the table, at a temperature that makes all tokens alike."""
+    config = dataclasses.replace(CONFIGS["gemma1 mqa"], vocab_size=4, padding_rows=48)
+    model, draw = with_values(config, values_of(config)), Draw(1e6)
+    drawn = generate(model, [np.zeros(3, int)] * 4, 20, dtype=jnp.float32, draw=draw, vocab_size=52)
+    assert set(np.concatenate(list(drawn)).tolist()) == {0, 1, 2, 3}
+
+
 # --- published sizes ---
 
-# depth, width, heads, key-value heads, head, F; parameters; context and GFLOP a token of training
+# depth, width, heads, key-value heads, head, F; parameters of the table and of the rest, from the reports' tables (rows
+# of the table as in the Flax release); GFLOP a token of training; sqrt(D) in bfloat16
 PUBLISHED = {
-    "gemma-2b": ((18, 2048, 8, 1, 256, 16384), 2_506_434_560, 16.85),
-    "gemma-7b": ((28, 3072, 16, 16, 256, 24576), 8_538_074_112, 56.86),
-    "gemma2-2b": ((26, 2304, 8, 4, 256, 9216), 2_614_636_800, 17.98),
-    "gemma2-9b": ((42, 3584, 16, 8, 256, 14336), 9_242_164_736, 62.85),
-    "gemma2-27b": ((46, 4608, 32, 16, 128, 36864), 27_227_718_144, 171.46),
-    "gemma3-270m": ((18, 640, 4, 1, 256, 2048), 268_098_176, 2.31),
-    "gemma3-1b": ((26, 1152, 4, 1, 256, 6912), 999_885_952, 6.94),
-    "gemma3-4b": ((34, 2560, 8, 4, 256, 10240), 3_880_099_328, 26.01),
-    "gemma3-12b": ((48, 3840, 16, 8, 256, 15360), 11_765_788_416, 79.01),
-    "gemma3-27b": ((62, 5376, 32, 16, 128, 21504), 27_009_002_240, 172.68),
+    "gemma-2b": ((18, 2048, 8, 1, 256, 16384), 524_550_144, 1_981_884_416, 16.85, 45.25),
+    "gemma-7b": ((28, 3072, 16, 16, 256, 24576), 786_825_216, 7_751_248_896, 56.86, 55.5),
+    "gemma2-2b": ((26, 2304, 8, 4, 256, 9216), 590_118_912, 2_024_517_888, 17.98, 48.0),
+    "gemma2-9b": ((42, 3584, 16, 8, 256, 14336), 917_962_752, 8_324_201_984, 62.85, 59.75),
+    "gemma2-27b": ((46, 4608, 32, 16, 128, 36864), 1_180_237_824, 26_047_480_320, 171.46, 68.0),
+    "gemma3-270m": ((18, 640, 4, 1, 256, 2048), 167_772_160, 100_326_016, 2.31, 25.25),
+    "gemma3-1b": ((26, 1152, 4, 1, 256, 6912), 301_989_888, 697_896_064, 6.94, 34.0),
+    "gemma3-4b": ((34, 2560, 8, 4, 256, 10240), 671_088_640, 3_209_010_688, 26.01, 50.5),
+    "gemma3-12b": ((48, 3840, 16, 8, 256, 15360), 1_006_632_960, 10_759_155_456, 79.01, 62.0),
+    "gemma3-27b": ((62, 5376, 32, 16, 128, 21504), 1_409_286_144, 25_599_716_096, 172.68, 73.5),
 }
+# Kinds of the last layers: the pattern is cut, not completed. How many layers are global.
+LAST = {"gemma3-270m": ("global", 3), "gemma3-1b": ("local", 4), "gemma3-4b": ("local", 5)}
+LAST |= {"gemma3-12b": ("global", 8), "gemma3-27b": ("local", 10), "gemma2-2b": ("global", 13)}
 
 
-def published(name: str) -> GemmaConfig:
-    sizes = dict(
-        zip(("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"), PUBLISHED[name][0], strict=True)
-    )
-    family = {"gemma-": GEMMA1, "gemma2": GEMMA2}.get(name[:6], {})  # the schema's defaults are Gemma 3's
-    vocab, window = (262_144, 512 if name in ("gemma3-270m", "gemma3-1b") else 1024) if not family else (256_128, 4096)
-    return GemmaConfig(vocab_size=vocab, window=window, **sizes, **family)
+def test_every_published_size_is_there():
+    gemmas = {name for name, make in EXPERIMENTS.items() if isinstance(make().model, GemmaConfig)}
+    assert gemmas == PUBLISHED.keys() | {"gemma-tiny", "gemma1-tiny", "gemma2-tiny"}
+    assert all(EXPERIMENTS[name]().name == name for name in gemmas)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_the_published_parameters_and_flops(one_device, name):
-    """To the last digit of the papers' tables (embedding rows as in the Flax release); by shapes, nothing is allocated."""
-    config, (_, count, gigaflops) = published(name), PUBLISHED[name]
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config))) == count
+    """To the last digit of the papers' tables; in closed form, and by shapes, for which nothing is allocated."""
+    config, (sizes, table, rest, gigaflops, _) = EXPERIMENTS[name]().model, PUBLISHED[name]
+    fields = ("depth", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+    assert tuple(getattr(config, field) for field in fields) == sizes
+    count, shapes = COUNTS["gemma"](config), shapes_of(config)
+    assert (count.embedding, count.total - count.embedding) == (table, rest)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count.total
+    assert shapes.embedding.table.size == count.embedding
     length = 32_768 if name.startswith("gemma3") else 8192
+    assert EXPERIMENTS[name]().data.sequence_length == length
     assert round(train_flops(config, length) / 1e9, 2) == gigaflops
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_compute_what_the_reports_say(one_device, name):
+    """Everything that the number of parameters does not tell."""
+    config = EXPERIMENTS[name]().model
+    large = name in ("gemma3-4b", "gemma3-12b", "gemma3-27b")
+    scale = {"gemma2-27b": 144, "gemma3-27b": 168}.get(name, 256)
+    attention = shapes_of(config).layers.groups[f"{config.pattern[-1]}_{len(config.pattern) - 1}"].attention
+    assert attention.query_scale == pytest.approx(scale**-0.5, rel=1e-12)
+    assert attention.divisor == (8.0 if large else 1.0)
+    assert attention.base == (1e6 if name.startswith("gemma3") else 1e4)
+    assert attention.left is None
+    caps = (50.0, 30.0) if name.startswith("gemma2") else (0.0, 0.0)
+    assert (config.attention_soft_cap, config.logits_soft_cap) == caps
+    assert config.vocab_size == (262_144 if name.startswith("gemma3") else 256_000)
+    kinds = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
+    assert (kinds[-1], kinds.count("global")) == LAST.get(name, ("global", kinds.count("global")))
+    if "local" in kinds:
+        local = shapes_of(config).layers.groups["local_0"].attention
+        window = 4096 if name.startswith("gemma2") else 1024 if large else 512
+        assert (local.left, local.base, local.divisor) == (window - 1, 1e4, 1.0)
+        assert len(shapes_of(config).layers.tail) == config.depth % len(config.pattern)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_embedding_scale_is_rounded_in_bfloat16_alone(name):
+    width, rounded = PUBLISHED[name][0][1], PUBLISHED[name][-1]
+    assert float(models.gemma.embedding_scale(width, jnp.bfloat16)) == rounded
+    assert float(models.gemma.embedding_scale(width, jnp.float32)) == pytest.approx(width**0.5, rel=1e-7)
+
+
+def test_config_tells_the_number_of_parameters():
+    for name, (_, table, rest, *_) in PUBLISHED.items():
+        told = parameter_lines(EXPERIMENTS[name]())
+        assert told == [f"{table + rest:,} parameters, {rest:,} without the embedding"]

@@ -17,6 +17,7 @@ import tensorstore as ts
 from models.convert.tensors import PIECE, Tensor
 from trainer.checkpoint import StorageError, reason, to_tree
 
+PLACEHOLDER = np.zeros((), np.float32)
 DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that describes an array
 
 
@@ -58,18 +59,31 @@ def _opened(store: dict[str, Any], context: ts.Context, name: str, driver: str) 
 
 def placeholders(names: Iterable[str]) -> dict[str, Any]:
     """What orbax is given to save in the place of arrays: a scalar for each slash-joined name."""
-    return to_tree(dict.fromkeys(names, np.zeros((), np.float32)))
+    return to_tree(dict.fromkeys(names, PLACEHOLDER))
 
 
-def write_tree(folder: pathlib.Path, arrays: Mapping[str, Tensor]) -> None:
-    """A new orbax folder of nested dicts, by slash-joined names. Raises StorageError."""
+def write_tree(folder: pathlib.Path, arrays: Mapping[str, Tensor], flat: bool = False) -> None:
+    """A new orbax folder of nested dicts, by slash-joined names. Raises StorageError.
+
+    `flat`: of one dict, whose keys are the names up to their last slash, of dicts with what follows it.
+    """
+    keys = {name: tuple(name.rsplit("/", 1) if flat else name.split("/")) for name in arrays}
+    tree: dict[str, Any] = {}
+    for *folders, leaf in keys.values():
+        node = tree
+        for folder_name in folders:
+            node = node.setdefault(folder_name, {})
+        node[leaf] = PLACEHOLDER
     with _explained(folder), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), placeholders(arrays))
-    fill(folder, arrays)
+        checkpointer.save(folder.absolute(), tree)
+    fill(folder, {".".join(keys[name]): tensor for name, tensor in arrays.items()})
 
 
 def fill(folder: pathlib.Path, arrays: Mapping[str, Tensor]) -> None:
-    """Replace the placeholders of an orbax folder by arrays, a piece of each in memory. Raises StorageError."""
+    """Replace the placeholders of an orbax folder by arrays, by dotted names, a piece of each in memory.
+
+    Raises StorageError.
+    """
     metadata = json.loads((folder / "_METADATA").read_text())
     assert metadata["use_ocdbt"]
     assert not metadata["use_zarr3"]
@@ -108,7 +122,7 @@ def _created(store: dict[str, Any], context: ts.Context, name: str, tensor: Tens
     # A piece is a whole chunk: none is read back to be completed, and hosts later read only the layers they need.
     chunk = (tensor.rows_a_piece(), *tensor.shape[1:])[: len(tensor.shape)]
     return ts.open(
-        {**_spec(store, name.replace("/", "."), "zarr"), "metadata": {"compressor": {"id": "zstd", "level": 1}}},
+        {**_spec(store, name, "zarr"), "metadata": {"compressor": {"id": "zstd", "level": 1}}},
         create=True,
         delete_existing=True,
         dtype=ts.dtype(tensor.dtype),

@@ -42,7 +42,7 @@ def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str
     checkpoints.save(0, placeholders(arrays), {"step": 0, "data_hash": None})
     checkpoints.finish()
     checkpoints.close()
-    fill(run / "checkpoints" / "0" / "state", arrays)
+    fill(run / "checkpoints" / "0" / "state", {name.replace("/", "."): tensor for name, tensor in arrays.items()})
     (run / FILE_NAME).write_text(to_json(config))
 
 

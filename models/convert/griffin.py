@@ -3,34 +3,9 @@
 Shapes: D model width, L recurrence width, F MLP width, G gate blocks, N heads, H head features, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
 import numpy as np
 
-from configs.schema import GriffinConfig
-from models.convert.tensors import Tensor
-
-Arrays = tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One of our arrays as somebody else's tensors (one, or one a branch): views there, and back up to a reshape."""
-
-    theirs: tuple[str, ...]
-    there: Callable[[np.ndarray], Arrays] = lambda x: (x,)
-    back: Callable[[Arrays], np.ndarray] = lambda parts: parts[0]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """`outer` and `blocks` map our names to rows; `prefix` writes what stands before a block's names."""
-
-    name: str
-    outer: dict[str, Row]
-    blocks: dict[str, dict[str, Row]]  # by kind of block
-    prefix: Callable[[int], str]
+from models.convert.layout import Layout, Row
 
 
 def _flax_matrix(name: str) -> Row:
@@ -143,87 +118,3 @@ HF = Layout(
     prefix=lambda i: f"model.layers.{i}.",
 )
 LAYOUTS = {layout.name: layout for layout in (FLAX, HF)}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one layer's array stands in our checkpoint: the array's name, and its layer if layers are stacked."""
-
-    name: str
-    layer: int | None
-    row: Row
-    theirs: tuple[str, ...]
-
-
-def places(config: GriffinConfig, layout: Layout) -> list[Place]:
-    """Every array of every layer, in the order of the layers; then those outside the layers."""
-    period, groups = len(config.pattern), config.depth // len(config.pattern)
-    found = []
-    for i in range(config.depth):
-        kind = config.pattern[i % period]
-        stacked = i < groups * period
-        block = f"layers/{'groups' if stacked else 'tail'}/{kind}_{i % period}"
-        for name, row in layout.blocks[kind].items():
-            theirs = tuple(layout.prefix(i) + part for part in row.theirs)
-            found.append(Place(f"{block}/{name}", i // period if stacked else None, row, theirs))
-    return found + [Place(name, None, row, row.theirs) for name, row in layout.outer.items()]
-
-
-def layer_shape(place: Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    return shapes[place.name] if place.layer is None else shapes[place.name][1:]
-
-
-def their_shapes(
-    config: GriffinConfig, layout: Layout, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor that the layout has for a model with these `shapes` of ours."""
-    found: dict[str, tuple[int, ...]] = {}
-    for place in places(config, layout):
-        nothing = np.broadcast_to(np.float32(0), layer_shape(place, shapes))  # no memory: only its views' shapes count
-        found |= {name: view.shape for name, view in zip(place.theirs, place.row.there(nothing), strict=True)}
-    return found
-
-
-def to_ours(
-    config: GriffinConfig, layout: Layout, shapes: Mapping[str, tuple[int, ...]], source: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Our arrays, layers stacked, out of a checkpoint whose tensors have been checked."""
-    layers: dict[str, list[Place]] = {}
-    for place in places(config, layout):
-        layers.setdefault(place.name, []).append(place)
-
-    def tensor(name: str, found: list[Place]) -> Tensor:
-        shape, dtype = shapes[name], source[found[0].theirs[0]].dtype
-        if found[0].layer is not None:
-
-            def read(first: int, end: int) -> np.ndarray:
-                parts = [tuple(source[t].whole() for t in place.theirs) for place in found[first:end]]
-                return np.stack([found[0].row.back(part).reshape(shape[1:]) for part in parts])
-
-            return Tensor(shape, dtype, read)
-        (place,) = found
-        if name in layout.outer:  # the same array there and here: the table is too big to be read at once
-            return source[place.theirs[0]]
-        parts = tuple(source[t] for t in place.theirs)
-        return Tensor(shape, dtype, lambda a, b: place.row.back(tuple(p.whole() for p in parts)).reshape(shape)[a:b])
-
-    return {name: tensor(name, found) for name, found in layers.items()}
-
-
-def to_theirs(config: GriffinConfig, layout: Layout, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The layout's tensors out of our checkpoint, in the order of the layers."""
-    shapes = their_shapes(config, layout, {name: tensor.shape for name, tensor in ours.items()})
-
-    def tensor(place: Place, part: int) -> Tensor:
-        array = ours[place.name]
-        if place.name in layout.outer:
-            return array
-
-        def read(first: int, end: int) -> np.ndarray:
-            layer = array.whole() if place.layer is None else array.read(place.layer, place.layer + 1)[0]
-            return place.row.there(layer)[part][first:end]
-
-        return Tensor(shapes[place.theirs[part]], array.dtype, read)
-
-    every = places(config, layout)
-    return {name: tensor(place, part) for place in every for part, name in enumerate(place.theirs)}

@@ -1,7 +1,6 @@
 """What a checkpoint says about the Griffin it holds: by the shapes of its tensors, or by Hugging Face's config.json."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from typing import Any
 
 from configs import EXPERIMENTS
 from configs.schema import ConfigError, GriffinConfig
-from models.convert.griffin import HF, Layout
+from models.convert.hugging_face import read_config
 from models.convert.tensors import ConversionError, Tensor
 
 OUR_WINDOW = "podwright_window"  # transformers keeps a key it does not know
@@ -26,12 +25,9 @@ FIXED = {
 }
 
 
-def with_table_of(model: GriffinConfig, layout: Layout, source: str, tensors: Mapping[str, Tensor]) -> GriffinConfig:
+def with_table_of(model: GriffinConfig, rows: int) -> GriffinConfig:
     """The vocabulary is as large as the table: released tables have more or fewer rows than configs say."""
-    (name,) = layout.outer["embedding/table"].theirs
-    if name not in tensors or len(tensors[name].shape) != 2:
-        raise ConversionError(f"{source} is no Griffin in the {layout.name} layout: it has no table {name}")
-    return dataclasses.replace(model, vocab_size=tensors[name].shape[0])
+    return dataclasses.replace(model, vocab_size=rows)
 
 
 def known_by_shapes(source: str, tensors: Mapping[str, Tensor]) -> str:
@@ -77,11 +73,8 @@ def _kind_of_block(i: int, tensors: Mapping[str, Tensor]) -> str:
 
 def from_hf(file: pathlib.Path) -> GriffinConfig:
     """The model that a config.json describes. Raises ConversionError where it is none of Griffin's."""
-    try:
-        given = json.loads(file.read_text())
-        given = {**given, **(given.get("rope_parameters") or {})}
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise ConversionError(f"{file} cannot be read: a Hugging Face checkpoint needs it, or give --config") from None
+    given = read_config(file)
+    given |= given.get("rope_parameters") or {}
     for key, value in FIXED.items():
         if given.get(key, value) != value or (key == "num_key_value_heads" and key not in given):
             raise ConversionError(f"{file} says {key}={given.get(key)!r}, but Griffin here has only {value!r}")
@@ -154,15 +147,19 @@ def to_hf(model: GriffinConfig) -> dict[str, Any]:
     }
 
 
-def check_head(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without lm_head, which some files store although it is the table. Raises ConversionError if it is another one."""
-    (table,) = HF.outer["embedding/table"].theirs
-    head = tensors.get("lm_head.weight")
-    if head is None:
-        return tensors
-    same = head.shape == tensors[table].shape and all(
-        (piece == tensors[table].read(first, end)).all() for first, end, piece in head.pieces()
-    )
-    if not same:
-        raise ConversionError(f"{source}: lm_head.weight is not {table}, but Griffin reads and writes with one table")
-    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+def readme(model: GriffinConfig, layout: str) -> list[str]:
+    """Lines for whoever gets an export."""
+    if layout == "hf":
+        return [
+            f"`attention_window_size` is {model.window + 1} because transformers counts the token itself, while the model",
+            f"was trained to see itself and {model.window} earlier tokens. transformers agrees with it for rows without",
+            "padding and with one document each; padded and packed rows leak there (as of 5.23).",
+        ]
+    lines = [
+        "An orbax folder in the layout of DeepMind's `recurrentgemma`. Not told by the tensors:",
+        f"`attention_window_size={model.window}`, `logits_soft_cap={model.logits_soft_cap:g}`,",
+        f"`embeddings_scale_by_sqrt_dim={model.embedding_scale}`.",
+    ]
+    if model.num_heads != model.num_gate_blocks:
+        lines.append(f"That package cannot build {model.num_heads} heads beside {model.num_gate_blocks} gate blocks.")
+    return lines

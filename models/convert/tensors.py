@@ -1,6 +1,6 @@
 """Tensors that are read in pieces, and the one sentence about a set of them that isn't what a config needs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,37 @@ class Tensor:
 
     def cast(self, dtype: np.dtype) -> "Tensor":
         return Tensor(self.shape, np.dtype(dtype), lambda a, b: self.read(a, b).astype(dtype, copy=False))
+
+
+def resized(tensor: Tensor, rows: int) -> Tensor:
+    """Its first `rows` rows, or all of them and then zeros."""
+    if rows == tensor.rows:
+        return tensor
+
+    def read(first: int, end: int) -> np.ndarray:
+        held = min(end, tensor.rows)
+        parts = [tensor.read(first, held)] if first < held else []
+        missing = end - max(first, held)
+        return np.concatenate([*parts, np.zeros((missing, *tensor.shape[1:]), tensor.dtype)])
+
+    return Tensor((rows, *tensor.shape[1:]), tensor.dtype, read)
+
+
+def split(tensor: Tensor) -> list[Tensor]:
+    """The entries of its leading axis, each a tensor that reads no other."""
+
+    def entry(i: int) -> Tensor:
+        return Tensor(tensor.shape[1:], tensor.dtype, lambda a, b: tensor.read(i, i + 1)[0][a:b])
+
+    return [entry(i) for i in range(tensor.rows)]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor of which `split` gives these."""
+    first = tensors[0]
+    return Tensor(
+        (len(tensors), *first.shape), first.dtype, lambda a, b: np.stack([tensor.whole() for tensor in tensors[a:b]])
+    )
 
 
 def check_tensors(source: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
