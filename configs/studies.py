@@ -18,8 +18,8 @@ from configs.schema import (
 
 MIXERS = {
     "hawk": (("rec",), "Hawk"),
-    "griffin": (("rec", "rec", "attn", "rec", "rec"), "Griffin, attention in its third block alone"),
-    "transformer": (("attn",), "a Transformer"),
+    "griffin": (("rec", "rec", "attn", "rec", "rec"), "Griffin with attention in block 3 alone"),
+    "transformer": (("attn",), "Transformer"),
 }
 EVERYTHING = 2**20  # a window longer than any row
 
@@ -58,10 +58,8 @@ def recall(task: str, family: str, size: str) -> Callable[[], Config]:
             eval=EvalConfig(every=steps // 40, batches=0),
         )
 
-    what = "Selective copying" if task == "selective-copy" else "Induction heads"
-    experiment.__doc__ = (
-        f"{what}, {words}{', in minutes on a CPU' if size else ', as published'}: section 6.2 of arXiv 2402.19427."
-    )
+    what, length = "selective copying" if data.task == "selective-copy" else "induction heads", data.sequence_length
+    experiment.__doc__ = f"{words} on {what}, rows of {length}: section 6.2 of arXiv 2402.19427."
     return experiment
 
 
@@ -78,7 +76,7 @@ def long_context(family: str) -> Callable[[], Config]:
         )
 
     experiment.__doc__ = (
-        f"{words} of 6 layers on rows of 512 tokens, to be read far past them: section 6.1 of arXiv 2402.19427."
+        f"{words} of 6 layers on rows of 512 tokens, to read longer ones: section 6.1 of arXiv 2402.19427."
     )
     return experiment
 

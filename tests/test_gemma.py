@@ -354,7 +354,8 @@ def test_padding_rows_have_no_probability_and_no_gradient(one_device):
     batch = {name: jnp.asarray(x, jnp.float32 if name == "weights" else jnp.int32) for name, x in batch.items()}
     base = EXPERIMENTS["gemma2-tiny"]()
     task = make_task(dataclasses.replace(base, model=config))
-    loss, gradient = jax.jit(jax.value_and_grad(task.loss))(with_values(config, values), batch, jax.random.key(0))
+    program = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    (loss, _), gradient = program(with_values(config, values), batch, jax.random.key(0))
     logits = expected("gemma2 27b")
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     assert float(loss) == pytest.approx(losses.mean(), abs=1e-5)
@@ -401,6 +402,7 @@ LAST |= {"gemma3-12b": ("global", 8), "gemma3-27b": ("local", 10), "gemma2-2b": 
 
 def test_every_published_size_is_there():
     gemmas = {name for name, make in EXPERIMENTS.items() if isinstance(make().model, GemmaConfig)}
+    gemmas = {name for name in gemmas if not name.endswith("-chat")}
     assert gemmas == PUBLISHED.keys() | {"gemma-tiny", "gemma1-tiny", "gemma2-tiny"}
     assert all(EXPERIMENTS[name]().name == name for name in gemmas)
 

@@ -252,7 +252,7 @@ def test_published_flax_shapes_are_known():
     """By the first layer's shapes and the number of layers; tensors are never read."""
     for name, make in EXPERIMENTS.items():
         model = make().model
-        if name.startswith("gemma") and not name.endswith("tiny"):
+        if name.startswith("gemma") and not name.endswith(("tiny", "-chat")):
             tensors = as_released("flax", model, shapes_in_flax(model))
             assert gemma_config.known_by_shapes("x", named("flax", tensors)[0]) == name
 

@@ -106,7 +106,8 @@ class Reporter:
         speed = {
             f"{self.unit}_per_second": self.units_per_step / step_seconds,
             "step_ms": 1e3 * step_seconds,
-            "data_wait_percent": 100 * self._window_wait / seconds,
+            # A batch may have been waited for while the step before was still timed.
+            "data_wait_percent": min(100.0, 100 * self._window_wait / seconds),
             "memory_gib": memory_gib(),
         }
         if self.peak:
@@ -126,7 +127,7 @@ class Reporter:
         return (
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {values['loss']:7.4f}  grad {values['grad_norm']:8.3g}  "
             f"{speed[f'{self.unit}_per_second']:>9,.0f} {self.unit}/s  {speed['step_ms']:7.1f} ms  "
-            f"wait {speed['data_wait_percent']:4.1f}%  mem {speed['memory_gib']:5.2f}G  mfu {mfu:>5}  "
+            f"wait {speed['data_wait_percent']:5.1f}%  mem {speed['memory_gib']:5.2f}G  mfu {mfu:>5}  "
             f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
         )
 
