@@ -54,5 +54,5 @@ INSTALL = $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python
 	@touch $@ .venv/core
 
 .venv/parity: pyproject.toml .venv/pyvenv.cfg
-	$(INSTALL) -e '.[test,parity]'
+	$(INSTALL) -e '.[test,parity,eval]'
 	@touch $@ .venv/test .venv/core

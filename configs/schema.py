@@ -265,7 +265,9 @@ class TextData(Section):
     )
     pattern: str = setting("**/*.py", "glob of the files below the corpus folder", changes=_DATA)
     tokenizer: str = setting(
-        "bytes", "'bytes', 'sentencepiece:N' (trained on the corpus) or a .model file", changes=(*_DATA, "checkpoint")
+        "bytes",
+        "'bytes', 'sentencepiece:N' (trained on the corpus) or a .model file (gs://, too)",
+        changes=(*_DATA, "checkpoint"),
     )
     sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
     batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))

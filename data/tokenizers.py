@@ -36,7 +36,8 @@ class Tokenizer(Protocol):
         ...
 
     def special(self, piece: str) -> int | None:
-        """Id of a token that no text is encoded to, such as <start_of_turn>; None where there is none."""
+        """Id of a piece by its name, such as <start_of_turn>; no text is encoded to one that the model file calls a control
+        piece. None where there is none."""
         ...
 
 
@@ -128,7 +129,7 @@ def load_tokenizer(
     corpus_hash: str | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
 ) -> Tokenizer:
-    """The tokenizer a config's `tokenizer` names: 'bytes', 'sentencepiece:N' or a .model file.
+    """The tokenizer a config's `tokenizer` names: 'bytes', 'sentencepiece:N' or a .model file, also on gs://.
 
     manifest: that of the run, when the corpus is not open (sampling): its record finds the cached model, and another
     model than the run's is refused. corpus_hash, texts: what 'sentencepiece:N' is trained on if it is not cached yet.
@@ -141,7 +142,7 @@ def load_tokenizer(
     elif match := re.fullmatch(r"sentencepiece:([1-9]\d*)", spec):
         tokenizer = trained_tokenizer(int(match[1]), corpus_hash or recorded.get("trained_on"), texts)
     elif spec.endswith(".model"):
-        tokenizer = tokenizer_from_file(Path(spec).expanduser())
+        tokenizer = tokenizer_from_file(spec)
     else:
         raise ConfigError(
             f"tokenizer={spec!r} is not known: 'bytes', 'sentencepiece:N' (N pieces, trained on the corpus) or the "
@@ -155,13 +156,30 @@ def load_tokenizer(
     return tokenizer
 
 
-def tokenizer_from_file(path: Path) -> SentencePieceTokenizer:
+def tokenizer_from_file(path: str) -> SentencePieceTokenizer:
+    content = read_model(path)
     try:
-        return SentencePieceTokenizer(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"tokenizer file {path} cannot be read: {error.strerror or error}") from None
+        return SentencePieceTokenizer(content)
     except ValueError as error:
         raise DataError(f"tokenizer file {path} {error}") from None
+
+
+def read_model(path: str) -> bytes:
+    """A file's content: of this machine, or of cloud storage (gs://bucket/name, and what else fsspec knows)."""
+    try:
+        if "://" not in path:
+            return Path(path).expanduser().read_bytes()
+        import fsspec  # comes with gcsfs
+
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(
+            f"tokenizer file {path} cannot be read: {error.strerror or error or type(error).__name__}"
+        ) from None
+    except Exception as error:  # of whatever a file system's own client raises: no permission, no driver, no network
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"tokenizer file {path} cannot be read: {why}") from None
 
 
 def trained_tokenizer(

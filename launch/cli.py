@@ -56,7 +56,7 @@ def sample(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """evaluate a run's newest checkpoint on all held-out data: eval RUN"""
+    """evaluate a run's newest checkpoint on all held-out data, or on tasks: eval RUN [--tasks A,B]"""
     from launch.evaluate import main
 
     return main(argv)

@@ -15,6 +15,7 @@ from configs import EXPERIMENTS
 from configs.overrides import Resolved, override, resolve
 from configs.schema import Config, ConfigError, TextData
 from configs.suggestions import perhaps
+from data.tokenizers import read_model
 from models.convert.families import FAMILIES, Family, family_of
 from models.convert.hugging_face import without_head
 from models.convert.layout import LanguageModel, their_shapes, to_ours, to_theirs
@@ -246,9 +247,9 @@ def export_run(run: str, layout: str, folder: pathlib.Path, dtype: str) -> None:
             write_tree(partial / config.name, cast, flat=family.flat)
         header = [f"# {config.name}, step {step}", "", f"Written by `podwright export --format {layout}`.", ""]
         (partial / "README.md").write_text("\n".join([*header, *family.readme(model, layout)]) + "\n")
-        tokenizer = pathlib.Path(getattr(config.data, "tokenizer", "")).expanduser()
-        if tokenizer.suffix == ".model" and tokenizer.is_file():
-            shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        tokenizer = getattr(config.data, "tokenizer", "")
+        if tokenizer.endswith(".model") and ("://" in tokenizer or pathlib.Path(tokenizer).expanduser().is_file()):
+            (partial / "tokenizer.model").write_bytes(read_model(tokenizer))
     print(f"{folder}: {len(cast)} tensors of step {step}, {dtype}, for {layout}")
 
 

@@ -1,4 +1,6 @@
-"""`podwright eval RUN`: a run's newest checkpoint on all its held-out data."""
+"""`podwright eval RUN`: a run's newest checkpoint on all its held-out data, or on tasks of lm-evaluation-harness."""
+
+from configs.schema import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -7,7 +9,21 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="podwright eval")
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--batches", type=int, default=0, help="held-out batches; 0 for all")
+    parser.add_argument("--tasks", help="names of lm-evaluation-harness tasks, with commas, instead of held-out data")
+    parser.add_argument("--tasks-folder", help="a folder with more tasks, YAML files as the harness reads them")
     options = parser.parse_args(argv)
+    if options.tasks is not None:
+        if options.batches:
+            raise ConfigError("--batches counts held-out batches: leave it out with --tasks")
+        names = list(dict.fromkeys(name for name in options.tasks.split(",") if name))
+        if not names:
+            raise ConfigError("--tasks is empty: give names of lm-evaluation-harness tasks, such as piqa,arc_easy")
+        from launch.harness import score_tasks
+
+        print(score_tasks(options.run, names, options.tasks_folder))
+        return 0
+    if options.tasks_folder is not None:
+        raise ConfigError("--tasks-folder needs --tasks, which says what of it to run")
     step, metrics = evaluate_run(options.run, options.batches)
     print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return 0

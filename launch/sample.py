@@ -6,7 +6,11 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from configs.schema import ChatData, TextData
+    from data.tokenizers import Tokenizer
 
 
 def main(argv: list[str]) -> int:
@@ -100,26 +104,20 @@ class Sampler:
         import numpy as np
 
         from configs.schema import ChatData
-        from data.chat import end_ids, open_chat_tokenizer, prompt_ids
-        from data.text import open_tokenizer
+        from data.chat import end_ids, prompt_ids
         from models.decode import ENDED, Draw, generate
         from sharding.mesh import one_device_mesh
         from trainer.evaluate import load_model
-        from trainer.run_folder import read_manifest
 
         options, mesh = self.options, one_device_mesh()
-        # An imported run has met no data yet, and its tokenizer is a file of its own.
-        met_data = (pathlib.Path(options.run).expanduser() / "data_manifest.json").exists()
-        manifest = read_manifest(options.run) if met_data else None
-        eos_id: int | None
+        tokenizer, eos_id = run_tokenizer(options.run, self.data), None
         if isinstance(self.data, ChatData):
-            tokenizer, template = open_chat_tokenizer(self.data, manifest), self.data.template
+            template = self.data.template
             encoded = (tokenizer.encode(prompt).tolist() for prompt in self.prompts)
             ids = [np.array(prompt_ids(prompt, template, tokenizer)) for prompt in encoded]
             end = end_ids(template, tokenizer)
             eos_id = end[0] if len(end) == 1 else None  # spelled out, it is text like any other
         else:
-            tokenizer = open_tokenizer(self.data, manifest)
             ids = [np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]) for prompt in self.prompts]
             eos_id = tokenizer.eos_id
         spellings = [Spelling(tokenizer, prompt) for prompt in ids]
@@ -147,6 +145,19 @@ class Sampler:
             rate = f", {drawn_later / seconds:.0f} tokens/s after the first" if drawn_later else ""
             length = max(map(len, ids)) + len(times)
             self.figures = f"{count} tokens{rate}; {memory(model, dtype, length)}"
+
+
+def run_tokenizer(run: str, data: "TextData | ChatData") -> "Tokenizer":
+    """The tokenizer a run was trained with. Raises DataError when it is missing or another one by now."""
+    from configs.schema import ChatData
+    from data.chat import open_chat_tokenizer
+    from data.text import open_tokenizer
+    from trainer.run_folder import read_manifest
+
+    # An imported run has met no data yet, and its tokenizer is a file of its own.
+    met_data = (pathlib.Path(run).expanduser() / "data_manifest.json").exists()
+    manifest = read_manifest(run) if met_data else None
+    return open_chat_tokenizer(data, manifest) if isinstance(data, ChatData) else open_tokenizer(data, manifest)
 
 
 def memory(model: Any, dtype: Any, length: int) -> str:

@@ -41,8 +41,28 @@ def log_z_and_target(
     gradient of the table is summed in float32, over tokens and over devices.
     """
     head = Head(spec, table.shape[0] if num_tokens is None else num_tokens, soft_cap, logits_mib * 2**20)
-    x, table = reshard(x, spec("batch", "seq", None)), reshard(table, spec("vocab", "embed"))
-    return _log_z_and_target(head, x, table, reshard(targets, spec("batch", "seq")))
+    return _log_z_and_target(head, *laid_out(head, x, table, targets))
+
+
+def log_p_and_likeliest(
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    *,
+    spec: Spec,
+    num_tokens: int | None = None,
+    soft_cap: float = 0.0,
+    logits_mib: int = 256,
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) in nats, float32, and the likeliest token, int32, the first where several are: (B T) each.
+
+    Arguments are those of `log_z_and_target`; this is for scoring, and has no gradient.
+    """
+    head = Head(spec, table.shape[0] if num_tokens is None else num_tokens, soft_cap, logits_mib * 2**20)
+    wide, rows, token = specs(head)
+    scores = on_each_device(functools.partial(forward, likeliest=True), head, (wide, rows, token), (token,) * 3)
+    log_z, target, best = scores(*laid_out(head, x, table, targets))
+    return target - log_z, best
 
 
 @dataclass(frozen=True)
@@ -106,27 +126,34 @@ def over_tiles(head: Head, table: jax.Array, x: jax.Array, body: Callable, carry
     return lax.scan(lambda carry, i: (tile(carry, i, fetch(i)), None), carry, jnp.arange(count))[0]
 
 
-def forward(head: Head, x: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`log_z_and_target` of one device's arrays."""
+def forward(
+    head: Head, x: jax.Array, table: jax.Array, targets: jax.Array, likeliest: bool = False
+) -> tuple[jax.Array, ...]:
+    """`log_z_and_target` of one device's arrays; with `likeliest`, also the first of the tokens with the highest logit."""
     shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), targets.reshape(-1)
 
     def fold(carry, rows, numbers, valid, start):
-        top, total, target = carry
+        top, total, target, *best = carry
         logits = head.logits(x, rows)
         hit = (targets[:, None] == numbers[None]) & valid[None]
         logits = jnp.where(valid[None], logits, HIDDEN)
-        new = jnp.maximum(top, jnp.max(logits, axis=1))
+        highest = jnp.max(logits, axis=1)
+        # By place and not by comparing the target's logit with the highest: XLA may compute a logit twice, not quite alike.
+        best = [jnp.where(highest > top, numbers[jnp.argmax(logits, axis=1)], b) for b in best]
+        new = jnp.maximum(top, highest)
         total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
-        return new, total, target + jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
+        return new, total, target + jnp.sum(jnp.where(hit, logits, 0.0), axis=1), *best
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    top, total, target = over_tiles(head, table, x, fold, (zeros + HIDDEN, zeros, zeros))
+    start = (zeros + HIDDEN, zeros, zeros, *([jnp.zeros(targets.shape, jnp.int32)] if likeliest else []))
+    top, total, target, *best = over_tiles(head, table, x, fold, start)
     if axes := mesh_axes(head.spec, "vocab"):
         # Rows that are all padding leave top at HIDDEN, and their sum then counts for nothing.
         highest = lax.pmax(top, axes)
         total, target = lax.psum((total * jnp.exp(top - highest), target), axes)
+        best = [lax.pmin(jnp.where(top == highest, b, head.num_tokens), axes) for b in best]
         top = highest
-    return (top + jnp.log(total)).reshape(shape), target.reshape(shape)
+    return tuple(a.reshape(shape) for a in (top + jnp.log(total), target, *best))
 
 
 def backward(
@@ -185,6 +212,10 @@ def _backward(head, kept, gradients):
 
 
 _log_z_and_target.defvjp(_forward, _backward)
+
+
+def laid_out(head: Head, x: jax.Array, table: jax.Array, targets: jax.Array) -> list[jax.Array]:
+    return [reshard(a, spec) for a, spec in zip((x, table, targets), specs(head), strict=True)]
 
 
 def specs(head: Head) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:

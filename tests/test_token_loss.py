@@ -14,7 +14,7 @@ from runs import SMALL
 from configs.overrides import resolve
 from configs.schema import MeshConfig
 from models.lookup import lookup
-from models.token_loss import log_z_and_target
+from models.token_loss import log_p_and_likeliest, log_z_and_target
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
 from trainer.tasks import document_sums, make_task
@@ -251,3 +251,31 @@ def test_losses_of_documents_are_their_tokens_sums(sizes):
         got["nats"], [[1, 2 + 3 + 4, 13], [92, 0, 0], [16, 17 + 18, 19 + 20 + 21], [220, 0, 0]]
     )
     np.testing.assert_array_equal(got["tokens"], [[2, 3, 2], [8, 0, 0], [1, 2, 3], [8, 0, 0]])
+
+
+@pytest.mark.parametrize("devices", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one", "eight"])
+def test_scores_are_the_closed_form_and_the_likeliest_the_first_of_the_highest(devices):
+    """In several tiles, with padding rows that would be likeliest, and two equal rows in different tiles and devices."""
+    arrays, num_tokens = example(500), 500
+    arrays["table"][num_tokens:] *= 100
+    arrays["table"][400] = arrays["table"][70] = 5 * arrays["x"][0, 0]
+    mesh = make_mesh(MeshConfig(**devices)) if devices else one_device_mesh()
+    spec = rules_for(mesh).spec
+    with jax.set_mesh(mesh):
+        program = jax.jit(
+            functools.partial(log_p_and_likeliest, spec=spec, num_tokens=num_tokens, soft_cap=30.0, logits_mib=TILES)
+        )
+        placed = [
+            jax.device_put(arrays[name], NamedSharding(mesh, names))
+            for name, names in (
+                ("x", spec("batch", None, None)),
+                ("table", spec("vocab", "embed")),
+                ("targets", spec("batch")),
+            )
+        ]
+        log_p, likeliest = jax.device_get(program(*placed))
+    exact = closed_form(**arrays, num_tokens=num_tokens, soft_cap=30.0, z_loss=0.0)
+    np.testing.assert_allclose(log_p, -exact["nats"], atol=2e-4)
+    logits = arrays["x"].astype(np.float64) @ arrays["table"][:num_tokens].T.astype(np.float64)
+    assert (likeliest == logits.argmax(-1)).all()
+    assert likeliest[0, 0] == 70

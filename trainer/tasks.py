@@ -192,6 +192,16 @@ def token_losses(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, j
     return log_z - target, log_z
 
 
+def token_scores(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """log p (nats, float32) of every target and whether it is the likeliest token, (B T) each; without a gradient."""
+    assert not isinstance(config.model, NFNetConfig)
+    x = model.features(batch["tokens"], batch["segment_pos"], dtype=jnp.dtype(config.trainer.compute_dtype))
+    log_p, likeliest = model.embedding.log_p_and_likeliest(
+        x, batch["targets"], config.model.logits_soft_cap, config.trainer.logits_mib
+    )
+    return log_p, likeliest == reshard(batch["targets"], jax.typeof(likeliest).sharding.spec)
+
+
 def document_sums(nats: jax.Array, weights: jax.Array, segment_pos: jax.Array, num_documents: int) -> Sums:
     """Sums over each document of a row: "nats", times their weights, and "tokens", of the weights; (B S) each.
 
