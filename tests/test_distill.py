@@ -231,9 +231,11 @@ def test_neither_logits_nor_table_exist_whole(samples):
     text = program.as_text()
     sizes = {s: math.prod(map(int, s.split(","))) for s in re.findall(r"(?:f32|bf16|u32|s32)\[([\d,]+)\]", text)}
     assert max(sizes.values()) <= (2 * 1024 * 128 if not samples else 2 * 1024 * (128 + 65)), sizes
-    assert not any(
-        size >= 2048 * 64 for shape, size in sizes.items() if shape.endswith((",64", ",32")) and "1024" not in shape
-    )
+    for width in (64, 32):  # of either table
+        others = {
+            s: size for s, size in sizes.items() if s.endswith(f",{width}") and "1024" not in s and "128" not in s
+        }
+        assert all(size < 2048 * width for size in others.values()), others
 
 
 # --- the task -----------------------------------------------------------------------------------------------------------
@@ -338,28 +340,27 @@ def few_steps(config: Config, steps: int, **distill) -> Config:
     )
 
 
+def learn(config: Config, run, allow=()) -> dict[str, float]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes them
+        return train(config, run, allow)
+
+
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory):
-    """A Griffin of two steps, then of one more."""
+    """A Griffin of two steps."""
     run = tmp_path_factory.mktemp("teacher")
-    train(few_steps(small("griffin-tiny"), 2), run)
+    learn(few_steps(small("griffin-tiny"), 2), run)
     return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def test_a_taught_run_resumes_to_the_same_bits_with_the_teacher_it_had(teacher_run, tmp_path):
     student, distill = small("gemma-tiny"), dict(teacher=str(teacher_run), samples=16)
     config = few_steps(student, 4, **distill)
-    train(config, tmp_path / "straight")
-    train(few_steps(student, 2, **distill), tmp_path / "halves")
-    train(few_steps(small("griffin-tiny"), 3), teacher_run, allow=["trainer.steps"])  # the teacher learns on
-    train(config, tmp_path / "halves", allow=["trainer.steps"])
-    train(few_steps(student, 4), tmp_path / "alone")
+    learn(config, tmp_path / "straight")
+    learn(few_steps(student, 2, **distill), tmp_path / "halves")
+    learn(few_steps(small("griffin-tiny"), 3), teacher_run, allow=["trainer.steps"])  # the teacher learns on
+    learn(config, tmp_path / "halves", allow=["trainer.steps"])
+    learn(few_steps(student, 4), tmp_path / "alone")
     logs = [read_metrics(tmp_path / name, "train") for name in ("straight", "halves", "alone")]
     for name in ("loss", "distill_loss", "grad_norm"):
         assert [logs[0][step][name] for step in range(1, 5)] == [logs[1][step][name] for step in range(1, 5)]
@@ -401,7 +402,10 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused(teacher_run):
 def test_an_imported_teachers_tokenizer_is_its_file(tmp_path):
     from data.tokenizers import tokenizer_from_file, train_sentencepiece
 
-    for name, text in (("a", "the cat sat on the mat "), ("b", "a quick brown fox jumps ")):
+    for name, text in (
+        ("a", "the cat sat on the mat while it rained "),
+        ("b", "a quick brown fox jumps over lazy dogs "),
+    ):
         (tmp_path / f"{name}.model").write_bytes(train_sentencepiece(280, [text * 50]))
     run = tmp_path / "imported"
     run.mkdir()
@@ -437,13 +441,13 @@ def test_a_student_learns_faster_from_a_teacher_than_from_the_data(tmp_path):
     shapes = {"teacher": "--model.width 96 --model.head_dim 24 --model.mlp_width 288 --trainer.steps 600"}
     shapes |= {"student": "--model.width 32 --model.head_dim 8 --model.mlp_width 96 --trainer.steps 200"}
     configs = {who: resolve("gemma-tiny", [*words.split(), *shape.split()]).config for who, shape in shapes.items()}
-    found = {"teacher": train(configs["teacher"], tmp_path / "teacher")["bits_per_byte"]}
+    found = {"teacher": learn(configs["teacher"], tmp_path / "teacher")["bits_per_byte"]}
     for who, samples in (("alone", None), ("whole", 0), ("sampled", 32)):
         distill = (
             DistillConfig() if samples is None else DistillConfig(teacher=str(tmp_path / "teacher"), samples=samples)
         )
         config = dataclasses.replace(configs["student"], distill=distill)
-        found[who] = train(config, tmp_path / who)["bits_per_byte"]
+        found[who] = learn(config, tmp_path / who)["bits_per_byte"]
     print(found)
     assert found["teacher"] < found["whole"] < found["alone"] - 0.02, found
     assert found["sampled"] < found["alone"] - 0.02, found
