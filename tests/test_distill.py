@@ -396,7 +396,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused(teacher_run):
     assert "has model.vocab_size=264, but the student has model.vocab_size=300" in said
     other = {"tokenizer": {"fingerprint": "0123456789abcdef0123"}}
     said = refused(small("gemma-tiny", "--data.tokenizer", "sentencepiece:264"), other)
-    assert "tokenizer bytes (bytes-1), but the student's is sentencepiece:264 (0123456789abcdef)" in said
+    assert "tokenizer bytes (bytes-1), but the student's is sentencepiece:264 (0123456789abcdef0123)" in said
 
 
 def test_an_imported_teachers_tokenizer_is_its_file(tmp_path):
@@ -404,7 +404,7 @@ def test_an_imported_teachers_tokenizer_is_its_file(tmp_path):
 
     for name, text in (
         ("a", "the cat sat on the mat while it rained "),
-        ("b", "a quick brown fox jumps over lazy dogs "),
+        ("b", "the dog ran in the rain while he sat "),
     ):
         (tmp_path / f"{name}.model").write_bytes(train_sentencepiece(280, [text * 50]))
     run = tmp_path / "imported"

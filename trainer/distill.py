@@ -80,8 +80,8 @@ def check_teacher(config: Config, teacher: Config, manifest: dict) -> None:
     if theirs not in (None, ours):
         names = [getattr(c.data, "tokenizer", f"none of {c.data.kind}") for c in (teacher, config)]
         raise ConfigError(
-            f"{where} was trained with tokenizer {names[0]} ({theirs[:16]}), but the student's is {names[1]} "
-            f"({ours[:16]}): they must be the same, or an id is another text to each"
+            f"{where} was trained with tokenizer {names[0]} ({theirs[:24]}), but the student's is {names[1]} "
+            f"({ours[:24]}): they must be the same, or an id is another text to each"
         )
 
 
