@@ -382,6 +382,30 @@ class FinetuneConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig(Section):
+    """Learning from a larger model's distribution, as Gemma 2 and 3 do: arXiv 2408.00118, 2503.19786."""
+
+    section: ClassVar[str] = "distill"
+    teacher: str = setting(
+        "", "a run whose newest parameters teach, of any family with the same tokenizer; empty for none", changes=_MATH
+    )
+    samples: int = setting(
+        0,
+        "tokens drawn from the teacher's distribution at each place (Gemma 3: 256); 0 for all of it (Gemma 2)",
+        low=0,
+        changes=_MATH,
+    )
+    weight: float = setting(
+        1.0, "share of the loss that is the teacher's, the rest is the data's", above=0, high=1, changes=_MATH
+    )
+
+    def check(self) -> None:
+        for name, default in (("samples", 0), ("weight", 1.0)):
+            if not self.teacher and getattr(self, name) != default:
+                raise ConfigError(f"{self.show(name)} has no teacher: give distill.teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
     """Devices along each axis; -1 takes what the others leave. Results agree across meshes to rounding."""
 
@@ -460,6 +484,7 @@ class Config:
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    distill: DistillConfig = DistillConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -491,6 +516,16 @@ class Config:
             raise ConfigError(
                 f"{self.trainer.show('z_loss')} contradicts model.kind={self.model.kind!r}: only language models have it, "
                 f"0 is allowed"
+            )
+        if image and self.distill.teacher:
+            raise ConfigError(
+                f"{self.distill.show('teacher')} contradicts model.kind={self.model.kind!r}: only language models have a "
+                f"teacher, it must be empty"
+            )
+        if not isinstance(self.model, NFNetConfig) and self.distill.samples > self.model.vocab_size:
+            raise ConfigError(
+                f"{self.distill.show('samples')} is more than {self.model.show('vocab_size')} tokens: at most that many "
+                f"are allowed, and 0 is all of them"
             )
 
     def notes(self) -> list[str]:

@@ -91,12 +91,13 @@ def product_float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, y, cpu=exact, default=product)
 
 
-def over_tiles(head: Head, table: jax.Array, x: jax.Array, body: Callable, carry):
+def over_tiles(head: Head, tables, x: jax.Array, body: Callable, carry):
     """Fold `body(carry, rows (R D), numbers (R), valid (R), start)` over tiles of this device's part of the table.
 
-    All tiles have one size, so the last may begin within the one before: `valid` is false for what it repeats.
+    `tables` may be several with as many rows; `rows` is then as many. All tiles have one size, so the last may begin
+    within the one before: `valid` is false for what it repeats.
     """
-    own = table.shape[0]
+    own = jax.tree.leaves(tables)[0].shape[0]
     size = min(own, max(LANES, head.logits_bytes // (4 * x.shape[0]) // LANES * LANES))
     count = -(-own // size)
     if count > 1:
@@ -104,9 +105,12 @@ def over_tiles(head: Head, table: jax.Array, x: jax.Array, body: Callable, carry
     gather, divided = mesh_axes(head.spec, "embed"), mesh_axes(head.spec, "vocab")
     first = lax.axis_index(divided) * own if divided else 0
 
-    def fetch(i):
+    def fetch_one(table, i):
         rows = lax.dynamic_slice_in_dim(table, jnp.minimum(i * size, own - size), size).astype(x.dtype)
         return lax.all_gather(rows, gather, axis=1, tiled=True) if gather else rows
+
+    def fetch(i):
+        return jax.tree.map(lambda table: fetch_one(table, i), tables)
 
     def tile(carry, i, rows):
         start = jnp.minimum(i * size, own - size)
@@ -126,34 +130,95 @@ def over_tiles(head: Head, table: jax.Array, x: jax.Array, body: Callable, carry
     return lax.scan(lambda carry, i: (tile(carry, i, fetch(i)), None), carry, jnp.arange(count))[0]
 
 
+# Weights of the logits of a tile: (its rows of each table, their numbers) -> arrays (N R), say a target's 1 and 0s.
+Weigh = Callable[[tuple[jax.Array, ...], jax.Array], list[jax.Array]]
+
+
+def one_hot(targets: jax.Array, numbers: jax.Array) -> jax.Array:
+    """1 where a target (N) is the row of this number (R), (N R)."""
+    return (targets[:, None] == numbers[None]).astype(jnp.float32)
+
+
+def log_z_and_sums(
+    head: Head, x: jax.Array, tables: tuple[jax.Array, ...], weigh: Weigh, count: int, likeliest: bool = False
+) -> tuple[jax.Array, list[jax.Array]]:
+    """log Z of one device's x (N D) and its rows of tables[0], and the sums of logits under `count` weights; (N) each.
+
+    With `likeliest`, the first of the tokens with the highest logit follows the sums.
+    """
+
+    def fold(carry, rows, numbers, valid, start):
+        top, total, sums, best = carry
+        logits = jnp.where(valid[None], head.logits(x, rows[0]), HIDDEN)
+        highest = jnp.max(logits, axis=1)
+        # By place and not by comparing the target's logit with the highest: XLA may compute a logit twice, not quite alike.
+        best = [jnp.where(highest > top, numbers[jnp.argmax(logits, axis=1)], b) for b in best]
+        new = jnp.maximum(top, highest)
+        total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
+        weights = (jnp.where(valid[None], weight, 0.0) for weight in weigh(rows, numbers))
+        return new, total, [s + jnp.sum(w * logits, axis=1) for s, w in zip(sums, weights, strict=True)], best
+
+    zeros = jnp.zeros(x.shape[:1], jnp.float32)
+    best = [jnp.zeros(x.shape[:1], jnp.int32)] if likeliest else []
+    top, total, sums, best = over_tiles(head, tables, x, fold, (zeros + HIDDEN, zeros, [zeros] * count, best))
+    if axes := mesh_axes(head.spec, "vocab"):
+        # Rows that are all padding leave top at HIDDEN, and their sum then counts for nothing.
+        highest = lax.pmax(top, axes)
+        total, sums = lax.psum((total * jnp.exp(top - highest), sums), axes)
+        best = [lax.pmin(jnp.where(top == highest, b, head.num_tokens), axes) for b in best]
+        top = highest
+    return top + jnp.log(total), [*sums, *best]
+
+
+def gradients(
+    head: Head,
+    x: jax.Array,
+    tables: tuple[jax.Array, ...],
+    weigh: Weigh,
+    log_z: jax.Array,
+    d_log_z: jax.Array,
+    d_sums: list[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of one device's x and rows of tables[0], complete on each device that has them."""
+    table, scatter = tables[0], mesh_axes(head.spec, "embed")
+
+    def fold(carry, rows, numbers, valid, start):
+        dx, d_table = carry
+        logits = head.logits(x, rows[0])
+        d_logits = d_log_z[:, None] * jnp.exp(logits - log_z[:, None])
+        for d_sum, weight in zip(d_sums, weigh(rows, numbers), strict=True):
+            d_logits += d_sum[:, None] * weight
+        if head.soft_cap:
+            d_logits *= 1 - jnp.square(logits / head.soft_cap)
+        d_logits = jnp.where(valid[None], d_logits, 0.0).astype(x.dtype)
+        d_rows = product_float32("nr,nd->rd", d_logits, x)
+        if scatter:
+            d_rows = lax.psum_scatter(d_rows, scatter, scatter_dimension=1, tiled=True)
+        before = lax.dynamic_slice_in_dim(d_table, start, len(d_rows))
+        d_table = lax.dynamic_update_slice_in_dim(d_table, before + d_rows, start, axis=0)
+        return dx + product_float32("nr,rd->nd", d_logits, rows[0]), d_table
+
+    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
+    dx, d_table = over_tiles(head, tables, x, fold, zeros)
+    if axes := mesh_axes(head.spec, "vocab"):
+        dx = lax.psum(dx, axes)
+    # `embed` divides tokens, too: scattering has summed over those devices.
+    if axes := tuple(axis for axis in mesh_axes(head.spec, "batch", "seq") if axis not in scatter):
+        d_table = lax.psum(d_table, axes)
+    return dx.astype(x.dtype), d_table.astype(table.dtype)
+
+
 def forward(
     head: Head, x: jax.Array, table: jax.Array, targets: jax.Array, likeliest: bool = False
 ) -> tuple[jax.Array, ...]:
     """`log_z_and_target` of one device's arrays; with `likeliest`, also the first of the tokens with the highest logit."""
     shape, x, targets = targets.shape, x.reshape(-1, x.shape[-1]), targets.reshape(-1)
 
-    def fold(carry, rows, numbers, valid, start):
-        top, total, target, *best = carry
-        logits = head.logits(x, rows)
-        hit = (targets[:, None] == numbers[None]) & valid[None]
-        logits = jnp.where(valid[None], logits, HIDDEN)
-        highest = jnp.max(logits, axis=1)
-        # By place and not by comparing the target's logit with the highest: XLA may compute a logit twice, not quite alike.
-        best = [jnp.where(highest > top, numbers[jnp.argmax(logits, axis=1)], b) for b in best]
-        new = jnp.maximum(top, highest)
-        total = total * jnp.exp(top - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
-        return new, total, target + jnp.sum(jnp.where(hit, logits, 0.0), axis=1), *best
+    def weigh(rows, numbers):
+        return [one_hot(targets, numbers)]
 
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    start = (zeros + HIDDEN, zeros, zeros, *([jnp.zeros(targets.shape, jnp.int32)] if likeliest else []))
-    top, total, target, *best = over_tiles(head, table, x, fold, start)
-    if axes := mesh_axes(head.spec, "vocab"):
-        # Rows that are all padding leave top at HIDDEN, and their sum then counts for nothing.
-        highest = lax.pmax(top, axes)
-        total, target = lax.psum((total * jnp.exp(top - highest), target), axes)
-        best = [lax.pmin(jnp.where(top == highest, b, head.num_tokens), axes) for b in best]
-        top = highest
-    return tuple(a.reshape(shape) for a in (top + jnp.log(total), target, *best))
+    log_z, found = log_z_and_sums(head, x, (table,), weigh, 1, likeliest)
+    return tuple(a.reshape(shape) for a in (log_z, *found))
 
 
 def backward(
@@ -165,33 +230,13 @@ def backward(
     d_log_z: jax.Array,
     d_target: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of one device's x and rows of the table, complete on each device that has them."""
+    """Gradients of one device's x and rows of the table."""
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
-    targets, log_z, d_log_z, d_target = (a.reshape(-1)[:, None] for a in (targets, log_z, d_log_z, d_target))
-    scatter = mesh_axes(head.spec, "embed")
-
-    def fold(carry, rows, numbers, valid, start):
-        dx, d_table = carry
-        logits = head.logits(x, rows)
-        d_logits = d_log_z * jnp.exp(logits - log_z) + jnp.where(targets == numbers[None], d_target, 0.0)
-        if head.soft_cap:
-            d_logits *= 1 - jnp.square(logits / head.soft_cap)
-        d_logits = jnp.where(valid[None], d_logits, 0.0).astype(x.dtype)
-        d_rows = product_float32("nr,nd->rd", d_logits, x)
-        if scatter:
-            d_rows = lax.psum_scatter(d_rows, scatter, scatter_dimension=1, tiled=True)
-        before = lax.dynamic_slice_in_dim(d_table, start, len(d_rows))
-        d_table = lax.dynamic_update_slice_in_dim(d_table, before + d_rows, start, axis=0)
-        return dx + product_float32("nr,rd->nd", d_logits, rows), d_table
-
-    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
-    dx, d_table = over_tiles(head, table, x, fold, zeros)
-    if axes := mesh_axes(head.spec, "vocab"):
-        dx = lax.psum(dx, axes)
-    # `embed` divides tokens, too: scattering has summed over those devices.
-    if axes := tuple(axis for axis in mesh_axes(head.spec, "batch", "seq") if axis not in scatter):
-        d_table = lax.psum(d_table, axes)
-    return dx.reshape(shape).astype(x.dtype), d_table.astype(table.dtype)
+    targets, log_z, d_log_z, d_target = (a.reshape(-1) for a in (targets, log_z, d_log_z, d_target))
+    dx, d_table = gradients(
+        head, x, (table,), lambda rows, numbers: [one_hot(targets, numbers)], log_z, d_log_z, [d_target]
+    )
+    return dx.reshape(shape), d_table
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -223,6 +268,6 @@ def specs(head: Head) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     return head.spec("batch", "seq", None), head.spec("vocab", "embed"), head.spec("batch", "seq")
 
 
-def on_each_device(function: Callable, head: Head, in_specs: tuple, out_specs: tuple) -> Callable:
+def on_each_device(function: Callable, head, in_specs: tuple, out_specs: tuple) -> Callable:
     # The functions sum over devices themselves; for jax to check that, every loop's start would have to say how it varies.
     return jax.shard_map(functools.partial(function, head), in_specs=in_specs, out_specs=out_specs, check_vma=False)

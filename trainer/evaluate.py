@@ -45,14 +45,15 @@ def read_config(run: str | pathlib.Path) -> Config:
         raise StorageError(f"{run} is not a podwright run: there is no {file}") from None
 
 
-def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh) -> tuple[Any, int]:
-    """Model and step of a run's newest committed checkpoint, laid out on the current `mesh`; the rest is not read."""
+def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh, step: int | None = None) -> tuple[Any, int]:
+    """Model and step of a run's newest committed checkpoint, or of the one of `step`, laid out on the current `mesh`; the
+    rest is not read. Raises StorageError."""
     folder, task = pathlib.Path(run).expanduser() / "checkpoints", make_task(config)
     abstract = jax.eval_shape(lambda key: task.init(key, rules_for(mesh).spec), jax.random.key(0))
     if not folder.is_dir():
         raise StorageError(f"{run} has no checkpoint yet")
     with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
-        step = checkpoints.latest()
+        step = checkpoints.latest() if step is None else step
         if step is None:
             raise StorageError(f"{run} has no committed checkpoint yet")
         return jax.jit(task.whole)(checkpoints.restore_part(step, "model", concrete(abstract, mesh))), step

@@ -17,6 +17,7 @@ from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
 from trainer.checkpoint import Checkpoints, concrete
+from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.metrics import Reporter
 from trainer.optimizers import make_optimizer, make_schedule
@@ -48,6 +49,8 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
     folder.check_data(data.manifest, allowed="data" in allow)
 
     task = make_task(config)
+    if config.distill.teacher:
+        task = distilled(task, config, data.manifest)
     schedule = make_schedule(config.optimizer, config.trainer.steps)
     optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
@@ -68,6 +71,7 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         latest = checkpoints.latest()
         reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
 
+        meta: dict = {}
         if latest is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             base = open_base(config, mesh) if config.finetune.base else None
@@ -79,13 +83,15 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         if start >= config.trainer.steps:
             reporter.say(f"nothing to do: {folder.path} already holds step {start} of {config.trainer.steps}")
             return {}
+        teacher, taught = open_teacher(config, mesh, meta)
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
         step_fn = functools.partial(
             train_step, task=task, optimizer=optimizer, schedule=schedule, seed=config.trainer.seed
         )
-        step_program = jax.jit(step_fn, donate_argnums=0).lower(abstract, place(data.train_batch(start))).compile()
+        first = place(data.train_batch(start))
+        step_program = jax.jit(step_fn, donate_argnums=0).lower(abstract, first, teacher).compile()
         eval_program = jax.jit(task.evaluate)
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
 
@@ -97,7 +103,7 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
             return metrics
 
         def save(state: State, step: int) -> None:
-            blocked = checkpoints.save(step, state, {"step": step, "data_hash": data.manifest["hash"]})
+            blocked = checkpoints.save(step, state, {"step": step, "data_hash": data.manifest["hash"], **taught})
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
 
@@ -110,7 +116,7 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
-                state, metrics = step_program(state, place(batch))
+                state, metrics = step_program(state, place(batch), teacher)
                 if pending:
                     reporter.train(*read(pending))
                 pending = (step, metrics, waited)
@@ -158,10 +164,16 @@ def plan(
         f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up"
         + (": too few steps to reach the peak" if optimizer.warmup_steps > trainer.steps else ""),
         f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
+        *([f"teacher     {config.distill.teacher}, {amount(config)}"] if config.distill.teacher else []),
         f"state       {origin(config) if latest is None else f'resume from step {latest}'}",
         *(f"note        {note}" for note in config.notes()),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
+
+
+def amount(config: Config) -> str:
+    samples, weight = config.distill.samples, config.distill.weight
+    return (f"{samples} sampled logits a token" if samples else "its whole distribution") + f", {weight:g} of the loss"
 
 
 def origin(config: Config) -> str:

@@ -1,5 +1,6 @@
 """The state of a run, and the program that takes it from one step to the next."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +35,20 @@ def init_state(
 def train_step(
     state: State,
     batch: Batch,
+    teacher: Any | None = None,
     *,
     task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars)."""
+    """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars).
+
+    A teacher, if there is one, goes to the loss of a distilled task.
+    """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
-    gradient, metrics = jax.grad(task.loss, has_aux=True)(state.model, batch, key)
+    loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.model, batch, key)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
     metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
     return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics

@@ -23,8 +23,9 @@ class Task:
     """What the loop needs to know of a kind of training."""
 
     init: Callable[[jax.Array, Spec], Any]  # (key, spec) -> model
-    # (model, batch, key) -> what training minimises, and the metrics of it: "loss", and what else there is
-    loss: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
+    # (model, batch, key) -> what training minimises, and the metrics of it: "loss", and what else there is; trainer.distill
+    # adds a keyword, `teacher`
+    loss: Callable[..., tuple[jax.Array, Sums]]
     evaluate: Callable[[Any, Batch], Sums]  # (model, held-out batch) -> sums over the batch
     summarise: Callable[[dict[str, float]], dict[str, float]]  # sums over all batches -> metrics by name
     headline: str  # the metric that evaluations are judged by; lower is better
