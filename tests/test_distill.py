@@ -414,7 +414,7 @@ def test_an_imported_teachers_tokenizer_is_its_file(tmp_path):
     config = taught(student, teacher, run)
     prints = [tokenizer_from_file(str(tmp_path / f"{name}.model")).fingerprint for name in "ab"]
     check_teacher(config, teacher, {"tokenizer": {"fingerprint": prints[0]}})
-    with pytest.raises(ConfigError, match=r"a\.model .* b\.model"):
+    with pytest.raises(ConfigError, match=r"a\.model .*b\.model"):
         check_teacher(config, teacher, {"tokenizer": {"fingerprint": prints[1]}})
 
 
