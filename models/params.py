@@ -53,9 +53,12 @@ class Init:
 
 
 def mesh_axes(spec: Spec, *names: str) -> tuple[str, ...]:
-    """The mesh axes that divide these logical axes."""
+    """The axes of the current mesh that divide these logical axes: those of more than one device, since XLA carries out a
+    collective over one device, too, with all its copies."""
     found = [spec(name)[0] or () for name in names]
-    return tuple(axis for axes in found for axis in ((axes,) if isinstance(axes, str) else axes))
+    axes = (axis for axes in found for axis in ((axes,) if isinstance(axes, str) else axes))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
 def parts(spec: Spec, name: str) -> int:
