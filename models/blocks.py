@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec, reshard
 
 from models.lookup import lookup
 from models.params import Init, normal, zeros
-from models.token_loss import log_p_and_likeliest, log_z_and_target
 
 MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
 
@@ -116,33 +115,10 @@ class Embedding(nnx.Module):
         tokens = reshard(jnp.arange(table.shape[0]) < self.vocab_size, self.spec("vocab"))
         return jnp.where(tokens[None, None], logits, MASKED)
 
-    def log_z_and_target(
-        self, x: jax.Array, targets: jax.Array, soft_cap: float, logits_mib: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """What a loss needs of the logits, (B T) each, without the logits: see `models.token_loss`."""
-        return log_z_and_target(
-            x,
-            self.table[...],
-            targets,
-            spec=self.spec,
-            num_tokens=self.vocab_size,
-            soft_cap=soft_cap,
-            logits_mib=logits_mib,
-        )
-
-    def log_p_and_likeliest(
-        self, x: jax.Array, targets: jax.Array, soft_cap: float, logits_mib: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """What scoring needs of the logits, (B T) each, without the logits: see `models.token_loss`."""
-        return log_p_and_likeliest(
-            x,
-            self.table[...],
-            targets,
-            spec=self.spec,
-            num_tokens=self.vocab_size,
-            soft_cap=soft_cap,
-            logits_mib=logits_mib,
-        )
+    def without_logits(self, function: Callable, x: jax.Array, targets: jax.Array, soft_cap: float, logits_mib: int):
+        """What a function of `models.token_loss` says of the logits that x (B T D) would have, for targets (B T)."""
+        options = dict(spec=self.spec, num_tokens=self.vocab_size, soft_cap=soft_cap, logits_mib=logits_mib)
+        return function(x, self.table[...], targets, **options)
 
 
 class Stack(nnx.Module):

@@ -12,62 +12,20 @@ from jax.sharding import reshard
 
 from configs.schema import GemmaConfig
 from models.attention import self_attention
-from models.blocks import Embedding, GatedMLP, Linear, Stack, rms_norm, rope
-from models.params import Init, cast_kernels, zeros
-from models.state import KeyValues, State, advance, ring_attention, visible
+from models.blocks import GatedMLP, Linear, rms_norm, rope
+from models.language_model import LanguageModel
+from models.params import Init, zeros
+from models.state import KeyValues, ring_attention
 
 
-class Gemma(nnx.Module):
-    """A language model: tokens and positions to logits."""
+class Gemma(LanguageModel):
+    """Gemma 1, 2 and 3."""
 
     def __init__(self, config: GemmaConfig, init: Init):
-        self.config = config
-        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width, config.padding_rows)
-        self.layers = Stack(
-            init.scope("layers"), config.pattern, config.depth, lambda kind, scope: Block(config, kind, scope)
-        )
-        self.final_norm = init.param("final_norm", (config.width,), (None,), zeros)
+        super().__init__(config, init, Block, config.padding_rows)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        segment_pos: jax.Array,
-        *,
-        dtype: jnp.dtype,
-        remat: str = "none",
-        state: State | None = None,
-    ) -> jax.Array | tuple[jax.Array, State]:
-        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding.
-
-        With a state (see models/state.py) the tokens continue those it has seen, and (logits, new state) is returned.
-        """
-        found = self.features(tokens, segment_pos, dtype=dtype, remat=remat, state=state)
-        x, state = found if isinstance(found, tuple) else (found, None)
-        logits = self.embedding.logits(x, self.config.logits_soft_cap)
-        return logits if state is None else (logits, state)
-
-    def features(
-        self,
-        tokens: jax.Array,
-        segment_pos: jax.Array,
-        *,
-        dtype: jnp.dtype,
-        remat: str = "none",
-        state: State | None = None,
-    ) -> jax.Array | tuple[jax.Array, State]:
-        """What the table turns into logits (B T D), in `dtype`; otherwise as the call."""
-        model = cast_kernels(self, dtype)
-        segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
-        # The head reads the table without this scale.
-        x = self.embedding(tokens, dtype) * embedding_scale(self.config.width, dtype)
-        if state is None:
-            x = model.layers(x, segment_pos, remat=remat)
-        else:
-            documents, masks = visible(state, segment_pos, self.config)
-            x, layers = model.layers.step(x, state.layers, segment_pos, masks)
-            state = advance(state, layers, documents)
-        x = rms_norm(x, model.final_norm[...])
-        return x if state is None else (x, state)
+    def scaled(self, x: jax.Array) -> jax.Array:
+        return x * embedding_scale(self.config.width, x.dtype)
 
 
 def embedding_scale(width: int, dtype: jnp.dtype) -> np.ndarray:

@@ -15,67 +15,23 @@ from jax.sharding import reshard
 
 from configs.schema import GriffinConfig
 from models.attention import self_attention
-from models.blocks import Embedding, GatedMLP, Linear, Stack, rms_norm, rope
-from models.params import Init, Spec, cast_kernels, normal, parts, zeros
+from models.blocks import GatedMLP, Linear, rms_norm, rope
+from models.language_model import LanguageModel
+from models.params import Init, Spec, normal, parts, zeros
 from models.rg_lru import rg_lru_scan, rg_lru_shared
 from models.scan import Implementation
 from models.sequence import left_halo
-from models.state import KeyValues, RecurrenceState, State, advance, ring_attention, visible
+from models.state import KeyValues, RecurrenceState, ring_attention
 
 
-class Griffin(nnx.Module):
-    """A language model: tokens and positions to logits."""
+class Griffin(LanguageModel):
+    """Griffin, Hawk, RecurrentGemma, and the paper's Transformer."""
 
     def __init__(self, config: GriffinConfig, init: Init):
-        self.config = config
-        self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width)
-        self.layers = Stack(
-            init.scope("layers"), config.pattern, config.depth, lambda kind, scope: Block(config, kind, scope)
-        )
-        self.final_norm = init.param("final_norm", (config.width,), (None,), zeros)
+        super().__init__(config, init, Block)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        segment_pos: jax.Array,
-        *,
-        dtype: jnp.dtype,
-        remat: str = "none",
-        state: State | None = None,
-    ) -> jax.Array | tuple[jax.Array, State]:
-        """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding.
-
-        With a state (see models/state.py) the tokens continue those it has seen, and (logits, new state) is returned.
-        Padding then belongs before a document: behind it, the state would have seen it.
-        """
-        found = self.features(tokens, segment_pos, dtype=dtype, remat=remat, state=state)
-        x, state = found if isinstance(found, tuple) else (found, None)
-        logits = self.embedding.logits(x, self.config.logits_soft_cap)
-        return logits if state is None else (logits, state)
-
-    def features(
-        self,
-        tokens: jax.Array,
-        segment_pos: jax.Array,
-        *,
-        dtype: jnp.dtype,
-        remat: str = "none",
-        state: State | None = None,
-    ) -> jax.Array | tuple[jax.Array, State]:
-        """What the table turns into logits (B T D), in `dtype`; otherwise as the call."""
-        model = cast_kernels(self, dtype)
-        segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
-        x = self.embedding(tokens, dtype)
-        if self.config.embedding_scale:
-            x = x * embedding_scale(self.config.width).astype(dtype)
-        if state is None:
-            x = model.layers(x, segment_pos, remat=remat)
-        else:
-            documents, masks = visible(state, segment_pos, self.config)
-            x, layers = model.layers.step(x, state.layers, segment_pos, masks)
-            state = advance(state, layers, documents)
-        x = rms_norm(x, model.final_norm[...])
-        return x if state is None else (x, state)
+    def scaled(self, x: jax.Array) -> jax.Array:
+        return x * embedding_scale(self.config.width).astype(x.dtype) if self.config.embedding_scale else x
 
 
 def embedding_scale(width: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from jax.sharding import reshard
 from configs.schema import Config, ConfigError, ImageData, NFNetConfig
 from models import FAMILIES
 from models.params import Init, Spec
+from models.token_loss import log_p_and_likeliest, log_z_and_target
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -104,7 +105,7 @@ def recall(config: Config) -> Task:
         wrong = jnp.argmax(logits, axis=-1) != targets
         return {
             "nats": jnp.sum(losses * weights),
-            "wrong": jnp.sum(wrong * weights),
+            "wrong": jnp.sum(jnp.where(wrong, weights, 0.0)),
             "questions": jnp.sum(weights),
         }
 
@@ -187,8 +188,8 @@ def token_losses(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, j
     assert not isinstance(config.model, NFNetConfig)
     dtype, trainer = jnp.dtype(config.trainer.compute_dtype), config.trainer
     x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=trainer.remat)
-    log_z, target = model.embedding.log_z_and_target(
-        x, batch["targets"], config.model.logits_soft_cap, trainer.logits_mib
+    log_z, target = model.embedding.without_logits(
+        log_z_and_target, x, batch["targets"], config.model.logits_soft_cap, trainer.logits_mib
     )
     return log_z - target, log_z
 
@@ -197,8 +198,8 @@ def token_scores(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, j
     """log p (nats, float32) of every target and whether it is the likeliest token, (B T) each; without a gradient."""
     assert not isinstance(config.model, NFNetConfig)
     x = model.features(batch["tokens"], batch["segment_pos"], dtype=jnp.dtype(config.trainer.compute_dtype))
-    log_p, likeliest = model.embedding.log_p_and_likeliest(
-        x, batch["targets"], config.model.logits_soft_cap, config.trainer.logits_mib
+    log_p, likeliest = model.embedding.without_logits(
+        log_p_and_likeliest, x, batch["targets"], config.model.logits_soft_cap, config.trainer.logits_mib
     )
     return log_p, likeliest == reshard(batch["targets"], jax.typeof(likeliest).sharding.spec)
 
