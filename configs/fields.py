@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import KINDS, SECTIONS, Config, ConfigError, check_value
+from configs.schema import KINDS, SECTIONS, Config, ConfigError
+from configs.section import check_value
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 from configs import EXPERIMENTS
 from configs.fields import Leaf, build, fields_of, kinds_of, values_of
-from configs.schema import KINDS, Config, ConfigError, type_name
+from configs.schema import KINDS, Config, ConfigError
+from configs.section import type_name
 from configs.store import FILE_NAME, parse_tree, read_text, values_in, whole_kinds
 from configs.suggestions import nearest, unknown_field
 

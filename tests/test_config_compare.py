@@ -12,7 +12,8 @@ from configs import EXPERIMENTS
 from configs.compare import EFFECT_WORDS, Difference, differences
 from configs.fields import fields_of
 from configs.overrides import resolve
-from configs.schema import EFFECTS, KINDS, ConfigError
+from configs.schema import KINDS, ConfigError
+from configs.section import EFFECTS
 from configs.store import from_json, to_json
 from launch import config_commands
 
