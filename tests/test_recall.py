@@ -2,10 +2,16 @@
 
 import collections
 import dataclasses
+import functools
+import json
+import sys
 import xml.etree.ElementTree as xml
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import finish
 
 from configs import EXPERIMENTS
 from configs.parameters import COUNTS
@@ -15,6 +21,10 @@ from data.text import held_out_stretches, open_corpus
 from launch.studies import STUDIES
 from launch.studies.study import new_figure
 from launch.study import overrides
+from sharding.mesh import one_device_mesh
+from sharding.rules import rules_for
+from trainer.evaluate import evaluate, place_batch
+from trainer.tasks import make_task
 
 COPY = RecallData(sequence_length=72, num_copied=8, batch_size=64)
 INDUCTION = RecallData(task="induction", sequence_length=64, batch_size=64)
@@ -68,6 +78,53 @@ def test_another_seed_gives_other_rows():
     other = dataclasses.replace(COPY, seed=1)
     assert (open_data(other).train_batch(0)["tokens"] != open_data(COPY).train_batch(0)["tokens"]).any()
     assert open_data(other).manifest["hash"] != open_data(COPY).manifest["hash"]
+
+
+def test_the_error_rate_is_the_share_of_questions_whose_likeliest_symbol_is_wrong():
+    config = EXPERIMENTS["induction-griffin-tiny"]()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=512))
+    task, mesh, data = make_task(config), one_device_mesh(), open_data(config.data)
+    with jax.set_mesh(mesh):
+        spec = rules_for(mesh).spec
+        model = jax.jit(lambda: task.init(jax.random.key(0), spec))()
+        place = functools.partial(place_batch, mesh=mesh, spec=spec)
+        found = evaluate(jax.jit(task.evaluate), model, data, 0, task, place)
+        (batch,) = data.held_out_batches()
+        logits = np.asarray(model(batch["tokens"], batch["segment_pos"], dtype=jnp.float32), np.float64)[:, -1]
+    answers = batch["targets"][:, -1]
+    assert found["error_rate"] == np.mean(np.argmax(logits, axis=-1) != answers)
+    normal = np.log(np.exp(logits).sum(axis=-1))
+    assert found["loss"] == pytest.approx(np.mean(normal - logits[np.arange(512), answers]), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("induction", "--trainer.steps 4 --data.sequence_length 16 --data.batch_size 8 --data.held_out_rows 16"),
+        (
+            "long-context",
+            "--trainer.steps 2 --data.batch_size 8 --eval.batches 1 --model.width 32 --model.mlp_width 64",
+        ),
+    ],
+)
+def test_a_study_trains_measures_and_resumes(name, words, tmp_path):
+    command = [sys.executable, "-m", "launch", "study", name, "--to", str(tmp_path / "s"), *words.split()]
+    code, out, err = finish(command, timeout=1500)
+    assert code == 0, err
+    figures = json.loads((tmp_path / "s" / "figures.json").read_text())
+    assert list(figures["models"]) == list(STUDIES[name].configs)
+    assert (tmp_path / "s" / "plot.svg").stat().st_size > 1000
+    for model in figures["models"].values():
+        values = [error for _, error in model["errors"]] if name == "induction" else model["bits"]
+        low, high = (0.5, 1.0) if name == "induction" else (4.0, 10.0)  # what guessing gives: 14/15, and 8 bits a byte
+        assert all(low <= value <= high for value in values)
+    if name == "induction":
+        code, out, err = finish(command)
+        assert code == 0, err
+        assert out.count("nothing to do") == 3
+        assert json.loads((tmp_path / "s" / "figures.json").read_text()) == figures
 
 
 def test_too_many_symbols_to_copy_are_refused():
