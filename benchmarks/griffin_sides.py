@@ -1,10 +1,6 @@
 """The two Griffins that `benchmarks.step` compares: same parameters, same batch, each in its own natural form."""
 
 import dataclasses
-import json
-import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.sides import Batch, Case, Figures, jax_figures, our_loss
 from configs.griffin import PAPER, tiny
 from configs.schema import Config, GriffinConfig, TextData, TrainerConfig
 from models.convert.peers import recurrentgemma_model
@@ -21,15 +18,6 @@ from sharding.mesh import one_device_mesh
 from sharding.rules import Rules
 from trainer.checkpoint import concrete
 from trainer.tasks import make_task
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is compared, and how many steps of it a process measures after how many that it doesn't."""
-
-    config: Callable[[], Config]
-    warm_up: int
-    steps: int
 
 
 def of_400m(depth: int, vocab_size: int, rows: int, length: int) -> Config:
@@ -45,10 +33,17 @@ def of_400m(depth: int, vocab_size: int, rows: int, length: int) -> Config:
 
 
 CASES = {
-    "tiny": Case(tiny, warm_up=2, steps=8),
-    "block": Case(lambda: of_400m(depth=3, vocab_size=264, rows=1, length=2048), warm_up=1, steps=3),
-    "400m": Case(lambda: of_400m(depth=12, vocab_size=256_000, rows=1, length=256), warm_up=1, steps=2),
+    "tiny": Case("griffin-tiny", tiny, warm_up=2, steps=8),
+    "block": Case(
+        "one group of Griffin 400M", lambda: of_400m(depth=3, vocab_size=264, rows=1, length=2048), warm_up=1, steps=3
+    ),
+    "400m": Case("Griffin 400M", lambda: of_400m(depth=12, vocab_size=256_000, rows=1, length=256), warm_up=1, steps=2),
 }
+SIDES = ("podwright", "recurrentgemma")
+NOTE = (
+    "Ours saves matrix products and recomputes what lies between (remat=dots), the reference saves everything, which is "
+    "its faster way."
+)
 # The reference's names of a block's parameters, piece by piece, and ours.
 RENAMED = (
     ("temporal_pre_norm/scale", "temporal_norm"),
@@ -61,56 +56,16 @@ RENAMED = (
     ("conv_1d/b", "conv_bias"),
     ("rg_lru/", ""),
 )
-Batch = dict[str, np.ndarray]
 Side = tuple[Any, Callable[[Any, Batch], jax.Array]]  # parameters, loss(parameters, batch)
 
 
-def measure(side: str, case: Case) -> None:
-    """Print the figures of "podwright" or "recurrentgemma" as JSON."""
-    config = case.config()
-    batch = random_batch(config)
+def measure(side: str, case: Case) -> Figures:
     with jax.set_mesh(one_device_mesh()):
-        parameters, loss = {"podwright": ours, "recurrentgemma": reference}[side](config)
-        start = time.perf_counter()
-        program = jax.jit(jax.value_and_grad(loss)).lower(parameters, batch).compile()
-        compile_seconds = time.perf_counter() - start
-        wall, cpu = [], []
-        for _ in range(case.warm_up + case.steps):
-            start, used = time.perf_counter(), time.process_time()
-            value, gradient = jax.block_until_ready(program(parameters, batch))
-            wall.append(time.perf_counter() - start)
-            cpu.append(time.process_time() - used)
-    memory = program.memory_analysis()
-    assert memory
-    rows, length = batch["tokens"].shape
-    figures = {
-        "tokens_per_second": rows * length / statistics.median(wall[case.warm_up :]),
-        "cpu_seconds": statistics.median(cpu[case.warm_up :]),
-        "compile_seconds": compile_seconds,
-        "temporary_mib": memory.temp_size_in_bytes / 2**20,
-        "loss": float(value),
-        "grad_norm": float(optax.tree.norm(gradient)),
-        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)),
-        "rows": rows,
-        "length": length,
-    }
-    print(json.dumps(figures))
-
-
-def random_batch(config: Config) -> Batch:
-    """One document a row; which tokens they are makes no difference to speed."""
-    data, model = config.data, config.model
-    assert isinstance(data, TextData)
-    assert isinstance(model, GriffinConfig)
-    shape = (data.batch_size, data.sequence_length)
-    rng = np.random.default_rng(0)
-    tokens, targets = (rng.integers(model.vocab_size, size=shape).astype(np.int32) for _ in range(2))
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return {"tokens": tokens, "targets": targets, "segment_pos": positions, "weights": np.ones(shape, np.float32)}
+        parameters, loss = {"podwright": ours, "recurrentgemma": reference}[side](case.config())
+        return jax_figures(case, parameters, loss)
 
 
 def ours(config: Config) -> Side:
-    """As the trainer calls it."""
     task = make_task(config)
     shapes = jax.eval_shape(lambda key: task.init(key, Rules().spec), jax.random.key(0))
     layout = concrete(shapes, jax.sharding.get_mesh())
@@ -120,8 +75,7 @@ def ours(config: Config) -> Side:
         for name, leaf in named_leaves(layout).items()
     ]
     assert not values, f"no place for {', '.join(values)}"
-    model = jax.tree.unflatten(jax.tree.structure(shapes), placed)
-    return model, lambda model, batch: task.loss(model, batch, jax.random.key(0))[0]
+    return jax.tree.unflatten(jax.tree.structure(shapes), placed), our_loss(config)
 
 
 def reference(config: Config) -> Side:

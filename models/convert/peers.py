@@ -144,18 +144,27 @@ def transformers_model(described: Mapping[str, Any]) -> Any:
     return network.to(torch.float32).eval()
 
 
+def transformers_network(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """`transformers_model` with the values of a checkpoint in Hugging Face's layout."""
+    network = transformers_model(described)
+    import torch
+
+    with torch.no_grad():
+        ours = dict(network.named_parameters())  # the head is the table, and named once
+        for name, tensor in tensors.items():
+            ours.pop(name).copy_(torch.from_numpy(tensor.whole().astype(np.float32)))
+    assert not ours, f"transformers has parameters that the layout has not: {', '.join(ours)}"
+    return network
+
+
 def transformers_logits(to_hf: Callable[[Any], dict[str, Any]]) -> Callable[..., np.ndarray]:
     """A function like the two above, for a family whose config.json `to_hf` makes."""
 
     def logits(model: Any, tensors: Mapping[str, Tensor], tokens: np.ndarray) -> np.ndarray:
-        network = transformers_model(to_hf(model))
+        network = transformers_network(to_hf(model), tensors)
         import torch
 
         with torch.no_grad():
-            ours = dict(network.named_parameters())  # the head is the table, and named once
-            for name, tensor in tensors.items():
-                ours.pop(name).copy_(torch.from_numpy(tensor.whole().astype(np.float32)))
-            assert not ours, f"transformers has parameters that the layout has not: {', '.join(ours)}"
             return network(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.float().numpy()
 
     return logits
