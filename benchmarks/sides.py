@@ -59,13 +59,14 @@ def memory(field: str) -> float:
 
 
 def random_batch(config: Config) -> Batch:
-    """One document a row; which tokens they are makes no difference to speed."""
+    """One document a row; which tokens they are makes no difference to speed. None is 0, whose lookup transformers gives no
+    gradient."""
     data, model = config.data, config.model
     assert isinstance(data, TextData)
     assert not isinstance(model, NFNetConfig)
     shape = (data.batch_size, data.sequence_length)
     rng = np.random.default_rng(0)
-    tokens, targets = (rng.integers(model.vocab_size, size=shape).astype(np.int32) for _ in range(2))
+    tokens, targets = (rng.integers(1, model.vocab_size, size=shape).astype(np.int32) for _ in range(2))
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     return {"tokens": tokens, "targets": targets, "segment_pos": positions, "weights": np.ones(shape, np.float32)}
 
