@@ -9,7 +9,7 @@ from configs.schema import GemmaConfig
 from models.convert import gemma, gemma_config
 from models.convert.layout import to_theirs
 from models.convert.peers import transformers_network
-from models.convert.tensors import Tensor
+from models.convert.tensors import Tensor, in_memory
 from models.params import named_leaves
 from sharding.mesh import one_device_mesh
 from sharding.rules import Rules
@@ -36,10 +36,6 @@ def measure(side: str, case: Case) -> Figures:
             return jax_figures(case, model, our_loss(config))
     ours = {name: in_memory(np.asarray(leaf)) for name, leaf in named_leaves(model).items()}
     return torch_figures(case, config.model, to_theirs(config.model, gemma.hf(config.model), ours))
-
-
-def in_memory(array: np.ndarray) -> Tensor:
-    return Tensor(array.shape, array.dtype, lambda first, end: array[first:end])
 
 
 def torch_figures(case: Case, model: GemmaConfig, tensors: dict[str, Tensor]) -> Figures:

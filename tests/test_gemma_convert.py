@@ -18,7 +18,7 @@ from configs.store import from_json, to_json
 from models.convert import gemma_config
 from models.convert.gemma import named
 from models.convert.gemma import released as as_released
-from models.convert.tensors import Tensor, resized
+from models.convert.tensors import Tensor, in_memory, resized
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -277,7 +277,7 @@ def test_image_rows_of_hugging_faces_table_are_cut():
     assert gemma_config.with_table_of(EXPERIMENTS["gemma-2b"]().model, 256_000).table_rows == 256_128
     assert gemma_config.with_table_of(model, 100).vocab_size == 100
     values = np.arange(12.0).reshape(6, 2)
-    table = Tensor(values.shape, values.dtype, lambda a, b: values[a:b])
+    table = in_memory(values)
     for rows in (4, 6, 9):
         wanted = np.concatenate([values, np.zeros((3, 2))])[:rows]
         for first in range(rows):

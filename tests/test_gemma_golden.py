@@ -12,7 +12,7 @@ from published_gemma import LONG, MODELS, WEIGHT, flax_parameters, hf_tensors, o
 from configs.schema import GemmaConfig
 from models.convert import gemma
 from models.convert.layout import to_ours, to_theirs
-from models.convert.tensors import Tensor
+from models.convert.tensors import Tensor, in_memory
 from models.gemma import Gemma
 from models.params import Init, named_leaves
 from sharding.rules import Rules
@@ -22,7 +22,7 @@ POSITIONS = np.stack([np.arange(45), np.concatenate([np.arange(14), np.arange(31
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: Tensor(x.shape, x.dtype, lambda a, b, x=x: x[a:b]) for name, x in arrays.items()}
+    return {name: in_memory(x) for name, x in arrays.items()}
 
 
 def model_of(config: GemmaConfig, source: str = "hf") -> Gemma:

@@ -10,7 +10,7 @@ import pytest
 from configs import EXPERIMENTS
 from configs.overrides import resolve
 from configs.schema import ConfigError, FinetuneConfig, MeshConfig
-from models.convert.tensors import Tensor
+from models.convert.tensors import in_memory
 from models.params import named_leaves
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
@@ -120,11 +120,7 @@ def test_eight_devices_learn_what_one_does(adapted, sizes):
 
 
 def test_tensors_on_disk_are_merged_piece_by_piece_as_in_memory(adapted):
-    def tensor(array):
-        array = np.asarray(array)
-        return Tensor(array.shape, array.dtype, lambda first, end: array[first:end])
-
-    on_disk = {name: tensor(leaf) for name, leaf in named_leaves(adapted).items()}
+    on_disk = {name: in_memory(np.asarray(leaf)) for name, leaf in named_leaves(adapted).items()}
     whole = named_leaves(make_task(LORA).whole(adapted))
     found = merged_tensors(on_disk, SCALE)
     assert found.keys() == whole.keys()

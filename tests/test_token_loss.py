@@ -206,6 +206,21 @@ def test_neither_logits_nor_table_exist_whole():
     assert all("[256,64]" in shape for shape in gathers), gathers  # of one tile
 
 
+def test_one_device_exchanges_nothing(one_device):
+    """XLA carries out a collective over an axis of one device, too, with copies of the table on the way."""
+    spec = rules_for(one_device).spec
+    axes = {"x": ("batch", "seq", None), "table": ("vocab", "embed"), "targets": ("batch", "seq")}
+    placed = [jax.device_put(example(V)[n], NamedSharding(one_device, spec(*names))) for n, names in axes.items()]
+
+    def loss(x, table, targets):
+        log_z, target = log_z_and_target(x, table, targets, spec=spec, soft_cap=0.0, logits_mib=TILES)
+        return jnp.sum(log_z - target) + jnp.sum(lookup(spec, jnp.dtype("float32"), table, targets))
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*placed).as_text()
+    assert "while" in text  # the tiles
+    assert not re.findall(r"all_gather|reduce_scatter|all_reduce|all_to_all|collective_permute", text)
+
+
 @pytest.mark.parametrize("name", ["griffin-tiny", "gemma-tiny"])
 def test_a_models_loss_is_that_of_its_logits(name, one_device):
     words = [*SMALL[name].split(), "--model.logits_soft_cap", "2", "--trainer.z_loss", "0.01"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from configs.schema import Config
 from configs.store import FILE_NAME, to_json
-from models.convert.tensors import Tensor
+from models.convert.tensors import Tensor, in_memory
 from models.params import named_leaves
 from sharding.mesh import one_device_mesh
 from sharding.rules import Rules
@@ -48,5 +48,4 @@ def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     """What every optimizer here starts with, as the step number does."""
-    nothing = np.broadcast_to(np.zeros((), dtype), shape)
-    return Tensor(shape, np.dtype(dtype), lambda first, end: nothing[first:end] if shape else nothing)
+    return in_memory(np.broadcast_to(np.zeros((), dtype), shape))

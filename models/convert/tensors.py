@@ -42,6 +42,10 @@ class Tensor:
         return Tensor(self.shape, np.dtype(dtype), lambda a, b: self.read(a, b).astype(dtype, copy=False))
 
 
+def in_memory(array: np.ndarray) -> Tensor:
+    return Tensor(array.shape, array.dtype, lambda first, end: array[first:end] if array.shape else array)
+
+
 def resized(tensor: Tensor, rows: int) -> Tensor:
     """Its first `rows` rows, or all of them and then zeros."""
     if rows == tensor.rows:
