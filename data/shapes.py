@@ -18,7 +18,7 @@ def batch_fields(config: DataConfig) -> dict[str, Field]:
             "weights": ((rows,), np.float32),
         }
     row = (rows, config.sequence_length)
-    fields: dict[str, Field] = {name: (row, np.int32) for name in ("tokens", "targets", "segment_pos")}
+    fields: dict[str, Field] = dict.fromkeys(("tokens", "targets", "segment_pos"), (row, np.int32))
     fields["weights"] = (row, np.float32)
     if not isinstance(config, RecallData):
         fields |= {"segment_ids": (row, np.int32), "target_bytes": ((rows,), np.int32)}

@@ -57,16 +57,17 @@ def axis_sizes(mesh: MeshConfig, devices: int, platform: str) -> dict[str, int]:
         sizes[filled[0]] = devices // fixed
     if math.prod(sizes.values()) != devices:
         given = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1)) or "1"
+        simulate = "" if platform == "tpu" else f", or simulate with --mesh.simulated_devices {max(fixed, 1)}"
         raise ConfigError(
             f"mesh: {given} does not fill the {devices} {platform} device{'s' * (devices > 1)} here: "
-            f"the axes must multiply to {devices}; set one to -1, or simulate with --mesh.simulated_devices {max(fixed, 1)}"
+            f"the axes must multiply to {devices}; set one to -1{simulate}"
         )
     return sizes
 
 
 def abstract_mesh(mesh: MeshConfig, devices: int) -> AbstractMesh:
     """The mesh of so many devices without any. Raises ConfigError as `make_mesh` does."""
-    sizes = axis_sizes(mesh, devices, "TPU")
+    sizes = axis_sizes(mesh, devices, "tpu")
     return AbstractMesh(tuple(sizes.values()), MESH_FIELDS, axis_types=(AxisType.Explicit,) * len(sizes))
 
 

@@ -73,10 +73,8 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         if latest is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             base = open_base(config, mesh) if config.finetune.base else None
-            state, start = (
-                jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)(base),
-                0,
-            )
+            init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
+            state, start = init(base), 0
         else:
             state, meta = checkpoints.restore(latest, abstract)
             start = meta["step"]
