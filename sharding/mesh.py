@@ -1,7 +1,7 @@
 """The one place where a device mesh is made."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
@@ -33,7 +33,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(create_hybrid_device_mesh(inner, outer, devices), MESH_FIELDS, axis_types=types)
 
 
-def across_slices(sizes: dict[str, int], slices: int) -> list[int]:
+def across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
     """How many parts of each axis are on different slices: as many as an axis holds, from the outermost on.
 
     Raises ConfigError where a slice would hold part of a group.
@@ -46,6 +46,16 @@ def across_slices(sizes: dict[str, int], slices: int) -> list[int]:
     if left > 1:
         raise ConfigError(f"mesh: no axis divides among {slices} slices: set mesh.replica to {slices}")
     return outer
+
+
+def slice_notes(sizes: Mapping[str, int], slices: int) -> list[str]:
+    """A sentence for each axis but the replicas' that runs across slices."""
+    shares = dict(zip(sizes, across_slices(sizes, slices), strict=True))
+    return [
+        f"{axis} {sizes[axis]} runs across slices, over the slow network: mesh.replica={slices} keeps it inside"
+        for axis, share in shares.items()
+        if share > 1 and axis != "replica"
+    ]
 
 
 def axis_sizes(mesh: MeshConfig, devices: int, platform: str) -> dict[str, int]:
