@@ -152,7 +152,7 @@ def find_topology(name: str, slices: int = 1) -> Topology:
         near = min(sizes, key=lambda known: abs(math.log(known / max(size, 0.5))))
         counted = "TensorCores" if CHIPS[generation].counts_cores else "chips"
         raise ConfigError(
-            f"--topology {name} does not exist, perhaps {generation}-{near}: {generation} comes with "
+            f"--topology {name} is not known, perhaps {generation}-{near}: {generation} is known with "
             f"{', '.join(map(str, sizes))} {counted}"
         )
     if slices < 1:
