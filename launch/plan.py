@@ -142,9 +142,9 @@ def main(argv: list[str]) -> int:
     if plan.too_large:
         gib = 2**30
         raise ConfigError(
-            f"{plan.config.name} on {topology.name} {plan.too_large}; parameters are {plan.parameters / gib:.2f} GiB of it, "
-            f"optimizer state {plan.optimizer / gib:.2f} GiB, the rest are temporaries: more devices, fewer rows a device "
-            f"(data.batch_size) or trainer.remat 'layer' take less"
+            f"{plan.config.name} on {topology.name} {plan.too_large}; parameters are {plan.parameters / gib:.2f} GiB, "
+            f"optimizer state {plan.optimizer / gib:.2f} GiB: more devices, fewer rows a device (data.batch_size) or "
+            f"trainer.remat='layer' take less"
         )
     show(plan, "" if "price" in options else f", list price, {PRICES_OF}")
     return 0

@@ -42,34 +42,39 @@ class TooLarge(Exception):
     """The compiler found no way to fit a program into HBM; GiB of a device."""
 
     used: float
-    capacity: float
+    capacity: float  # what the compiler leaves to programs
+    temporaries_alone: bool = False  # `used` is without the arguments
 
     def __str__(self) -> str:
+        takes = "its temporaries alone take" if self.temporaries_alone else "it takes"
         return (
-            f"does not fit: it takes {self.used:,.2f} GiB of {self.capacity:,.2f} GiB HBM a device, "
+            f"does not fit: {takes} {self.used:,.2f} GiB of the {self.capacity:,.2f} GiB HBM of a device, "
             f"{self.used - self.capacity:,.2f} GiB too much"
         )
 
 
 def compile_for_tpu(traced: Any) -> Any:
-    """The compiled program of a traced one. Raises TooLarge."""
+    """The compiled program of a traced one. Raises TooLarge, ConfigError."""
     import jax
 
     try:
         return traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise too_large(str(error)) or error from None
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise too_large(str(error)) or ConfigError(f"the compiler finds no room for this step: {reason}") from None
+
+
+UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
+SIZE = r"([\d.]+)([KMGT])\w*"
 
 
 def too_large(message: str) -> TooLarge | None:
     """What the compiler's RESOURCE_EXHAUSTED says; None if it is another failure."""
-    found = re.search(r"Used ([\d.]+)([KMGT])\w* of ([\d.]+)([KMGT])\w* hbm", message)
+    whole = re.search(rf"Used {SIZE} of {SIZE} hbm", message)
+    part = re.search(rf"memory required for HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)", message)
+    found = whole or part
     if not found:
         return None
-    unit = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
-    return TooLarge(float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]])
-
-
-def check_devices(found: int, topology: Topology) -> None:
-    if found != topology.devices:
-        raise ConfigError(f"libtpu knows {found} devices in {topology.libtpu_name}, but we {topology.devices}")
+    return TooLarge(float(found[1]) * UNITS[found[2]], float(found[3]) * UNITS[found[4]], temporaries_alone=not whole)

@@ -253,6 +253,8 @@ class Schedule:
             self.note("collectives whose groups were not understood, taken for all devices")
             group = list(range(len(self.machine.places)))
         links = self.machine.links(group)
+        if '"emitter":"1D' in collective.attributes:  # one ring through all devices, whatever their torus offers
+            links = min(links, 2)
         sent = bytes_sent(kind, local, len(group))
         hops = (
             max(1.0, len(group) / 4) if "all-to-all" in kind else 1.0

@@ -354,6 +354,21 @@ def test_links_go_around_where_a_group_fills_a_ring():
     assert machine("v5e-16", 2).links((0, 16)) == 0
 
 
+def test_a_gather_in_one_ring_uses_two_links_of_a_torus():
+    """What libtpu does with all 256 chips of a v5e pod, each of which has four."""
+    text = """ENTRY %main (p: f32[]) -> f32[] {
+  %p = bf16[1000]{0} parameter(0)
+  ROOT %g = bf16[256000]{0} all-gather(%p), replica_groups=[1,256]<=[256], dimensions={0}, EMITTER
+}"""
+
+    def seconds(emitter: str) -> float:
+        return estimate(text.replace("EMITTER", emitter), machine("v5e-256")).seconds
+
+    ring = seconds('backend_config={"collective_algorithm_config":{"emitter":"1DAllGatherNonMajorDim"}}')
+    assert ring == pytest.approx(255 * 2000 / (2 * 45e9))
+    assert seconds("backend_config={}") == pytest.approx(ring / 2)
+
+
 def test_the_json_says_what_the_estimate_says():
     found = as_dict(golden("layers_over_fsdp", "v5e-8"))
     assert found["seconds"] == pytest.approx(found["compute"] + found["exposed"])

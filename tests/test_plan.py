@@ -66,7 +66,11 @@ def test_without_the_compiler_the_table_says_so(capsys):
 
 
 def test_a_state_larger_than_memory_is_seen_without_the_compiler():
-    (memory,) = (text for about, text, _ in lines(planned("gemma3-27b", "v5e-8", "--data.batch_size", "8"), "") if about == "memory")
+    (memory,) = (
+        text
+        for about, text, _ in lines(planned("gemma3-27b", "v5e-8", "--data.batch_size", "8"), "")
+        if about == "memory"
+    )
     assert re.search(r"at least 37\.\d\d of 16\.00 GiB a device, \d+ %: 21\.\d\d GiB too much", memory)
 
 
@@ -103,7 +107,13 @@ def test_the_table_fits_on_a_screen():
 
 
 def test_amounts_have_words():
-    assert [count(n) for n in (950, 12_345, 3.2e6, 4.56e9, 1.2e12)] == ["950", "12,345", "3.2 million", "4.56 billion", "1.2 trillion"]
+    assert [count(n) for n in (950, 12_345, 3.2e6, 4.56e9, 1.2e12)] == [
+        "950",
+        "12,345",
+        "3.2 million",
+        "4.56 billion",
+        "1.2 trillion",
+    ]
 
 
 REFUSED = [
@@ -145,12 +155,23 @@ def test_the_json_holds_what_the_table_says(tmp_path, capsys):
     assert found["hbm_bytes"]["parameters"] == 4 * found["parameters"]
 
 
+# What libtpu 0.0.42.1 says, and how XLA for TPUs has long said it.
+TEMPORARIES = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (146.54G) exceeds available "
+    "HBM (15.75G)."
+)
+WHOLE = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 31.62G of 15.75G hbm. "
+    "Exceeded hbm capacity by 15.87G."
+)
+
+
 def test_what_does_not_fit_says_by_how_much():
-    message = aot.too_large(OUT_OF_MEMORY)
-    assert "GiB too much" in str(message)
-    assert message.used - message.capacity == pytest.approx(EXCEEDED, abs=0.01)
-    assert aot.too_large("RESOURCE_EXHAUSTED: something else") is None
-
-
-OUT_OF_MEMORY = ""
-EXCEEDED = 0.0
+    assert str(aot.too_large(TEMPORARIES)) == (
+        "does not fit: its temporaries alone take 146.54 GiB of the 15.75 GiB HBM of a device, 130.79 GiB too much"
+    )
+    assert str(aot.too_large(WHOLE)) == (
+        "does not fit: it takes 31.62 GiB of the 15.75 GiB HBM of a device, 15.87 GiB too much"
+    )
+    assert aot.too_large(WHOLE.replace("31.62G", "800.0M")).used == 800 / 1024
+    assert aot.too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.") is None

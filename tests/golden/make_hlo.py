@@ -1,6 +1,6 @@
 """Small programs as libtpu compiles them, for the tests of sharding/hlo*.py, which need no libtpu then.
 
-Run as `python tests/golden/make_hlo.py` with the extra `tpu`. Written with jax 0.10.2 and libtpu 0.0.42.1.
+Run as `python tests/golden/make_hlo.py [FOLDER]` with the extra `tpu`. Written with jax 0.10.2 and libtpu 0.0.42.1.
 """
 
 import functools
@@ -98,7 +98,6 @@ def without_source_lines(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PROGRAMS:
-        FOLDER.mkdir(exist_ok=True)
-        (FOLDER / f"{name}.txt").write_text(without_source_lines(compiled(name)))
-        print(name, (FOLDER / f"{name}.txt").stat().st_size, "bytes")
+    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    for name in PROGRAMS:
+        (folder / f"{name}.txt").write_text(without_source_lines(compiled(name)))
