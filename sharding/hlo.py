@@ -52,6 +52,12 @@ class Instruction:
         found = re.search(rf"\b{name}={{([\d,]*)}}", self.attributes)
         return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
     def number(self, key: str) -> float | None:
         """The number of `"key":"123"` in the backend's configuration."""
         found = re.search(rf'"{key}":"?(-?\d+(?:\.\d+)?)', self.attributes)

@@ -157,6 +157,9 @@ class Schedule:
             self.send(instruction)
         elif opcode == "recv-done":
             self.wait(self.channel(instruction))
+        elif opcode == "async-update":
+            if instruction.operands[0] in self.pending:
+                self.pending[instruction.name] = self.pending.pop(instruction.operands[0])
         elif opcode.endswith("-done") and opcode not in FREE:
             self.wait(instruction.operands[0])
         elif opcode.endswith("-start") and not is_collective(opcode) and not self.collective_inside(instruction):
@@ -192,7 +195,7 @@ class Schedule:
         roofline = max(flops / self.machine.peak, streaming)
         cycles = instruction.number("estimated_cycles") if flops and instruction.opcode != "custom-call" else None
         seconds = max(roofline, cycles / self.machine.clock) if cycles else roofline
-        if "tpu_custom_call" in instruction.attributes and not flops:
+        if instruction.target == "tpu_custom_call" and not flops:
             self.note("kernels without a cost estimate, counted by their bytes")
         self.total.add(Estimate(flops, moved, seconds, roofline, streaming), 1)
         self.now += seconds
@@ -206,8 +209,9 @@ class Schedule:
         result = next((a for a in instruction.arrays if a.size == given.size and a.space != source.space), given)
         moved = given.bytes * ((source.space == 0) + (result.space == 0))
         seconds = moved / self.machine.bandwidth
-        self.copies_free = max(self.now, self.copies_free) + seconds
-        self.pending[instruction.name] = Pending(self.copies_free, None)
+        if "cross_program_prefetch_index" not in instruction.attributes:  # those run at the end of the step before
+            self.copies_free = max(self.now, self.copies_free) + seconds
+            self.pending[instruction.name] = Pending(self.copies_free, None)
         self.total.add(Estimate(bytes=moved, streaming=seconds), 1)
 
     def collective_inside(self, instruction: Instruction) -> Instruction | None:
@@ -220,10 +224,7 @@ class Schedule:
     def communicate(self, instruction: Instruction, collective: Instruction) -> None:
         """A collective alone, or in a fusion: the one that starts it, one that multiplies meanwhile, one that waits for it, or
         one that does all at once."""
-        targets = {i.attribute("custom_call_target") for i in self.module.inside(instruction)}
-        targets |= set(
-            re.findall(r'custom_call_target="(\w+)"', " ".join(i.attributes for i in self.module.inside(instruction)))
-        )
+        targets = {i.target for i in self.module.inside(instruction)}
         channel = f"channel {collective.attribute('channel_id')}"
         if "AsyncCollectiveStart" in targets:
             self.start(channel, instruction, collective)

@@ -10,6 +10,7 @@ from sharding.hlo import Array, Computation, Instruction, Module
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "while", "conditional", "call", "domain", "add-dependency"}
 FREE |= {"send", "recv", "send-done", "recv-done"}
+NO_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast"}  # custom calls that only tell the compiler
 SLICES = {"dynamic-slice", "slice", "gather"}  # of their first operand they read what they give
 
 
@@ -48,10 +49,7 @@ class Work:
             assert called is not None
             return self._fusion_bytes(instruction, called, operands)
         if instruction.opcode == "custom-call":
-            if (
-                instruction.attribute("custom_call_target") == "AllocateBuffer"
-                or "AllocateBuffer" in instruction.attributes
-            ):
+            if instruction.target in NO_CALLS:
                 return 0.0
             estimate = cost_estimate(instruction, "bytes_accessed")
             arrays = [a for o in operands for a in o.arrays] + list(instruction.arrays)

@@ -66,7 +66,7 @@ PRICES_OF = "November 2025"
 # public list price that we know of.
 CHIPS = {
     "v4": Chip(
-        "TPU v4", "v4", 275e12, 32, 1228e9, 45e9, 6.25e9, 1.05e9, True, 4, CUBE, 3.22,
+        "TPU v4", "v4", 275e12, 32, 1228e9, 45e9, 6.25e9, 1.05e9, True, 4, CUBE[:-1], 3.22,
         options=(("chip_config_name", "megacore"),),
     ),
     "v5e": Chip("TPU v5 lite", "v5e", 197e12, 16, 819e9, 45e9, 3.125e9, 1.5e9, False, 16, SQUARE, 1.20),

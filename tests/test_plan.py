@@ -91,6 +91,7 @@ def test_the_step_is_the_sum_that_the_table_prints():
     assert table["MFU"] == f"{100 * plan.flops / (16 * 197e12 * plan.step_seconds):.1f} %"
     assert table["temporaries"].strip() == "1.001 GiB"
     assert (table["DCN"].strip(), table["products"].strip()) == ("0.000524 GB", "4 TFLOP")
+    assert table["HBM"].strip() == "20 GB"
     per_second = plan.config.data.batch_size * plan.config.data.sequence_length / plan.step_seconds
     assert table["speed"] == f"{per_second:,.0f} tokens/s, {per_second * 86400 / 1e9:.0f} billion a day"
 
