@@ -52,9 +52,10 @@ class Chip:
 
 SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-PRICES_OF = "November 2025"
+PRICES_OF = "2025"
 
-# Peak, HBM and its bandwidth, shapes: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read November 2026.
+# Peak, HBM, its bandwidth and shapes: docs.cloud.google.com/tpu/docs/{v5p,v6e,tpu7x} (v6e also has v5e's), as stored in
+# 2026; v5e's 819 GB/s and v4: the same documents' earlier pages, for v4 also arXiv 2304.01433.
 # Links: 45 and 90 GB/s one way are what "How to Scale Your Model" (jax-ml.github.io/scaling-book, part 2) measured of the
 # 50 and 100 GB/s in those documents (bandwidth a chip in both directions / links / 2); v4 and TPU7x take the same tenth off.
 # DCN: those documents' "data center network bandwidth per chip" (v5p 50, v6e and TPU7x 100 Gb/s); v5e two 100 Gb/s cards a
@@ -62,8 +63,8 @@ PRICES_OF = "November 2025"
 # Clock: v5e, v5p, v6e reproduce the peak from a large product's estimated_cycles; v4 and TPU7x: peak / (2 FLOPs x elements of
 # all matrix units), 1.05 and 2.2 GHz.
 # Links around: v5e and v6e documents name a torus only for the full axis of 16; the others close axes of multiples of 4.
-# Prices: on-demand list prices, cloud.google.com/tpu/pricing, cheapest United States region, as of PRICES_OF. TPU7x has no
-# public list price that we know of.
+# Prices: on-demand list prices of cloud.google.com/tpu/pricing, cheapest United States region, as quoted in public in 2025;
+# the page itself was not read for this, so check before you rely on them. TPU7x has no public price that we know of.
 CHIPS = {
     "v4": Chip(
         "TPU v4", "v4", 275e12, 32, 1228e9, 45e9, 6.25e9, 1.05e9, True, 4, CUBE[:-1], 3.22,
