@@ -90,6 +90,13 @@ def demo(argv: list[str]) -> int:
     return main(argv)
 
 
+def plan(argv: list[str]) -> int:
+    """memory, step time and cost on TPUs you don't have yet: plan NAME --topology T [--slices N] [--json FILE]"""
+    from launch.plan import main
+
+    return main(argv)
+
+
 def study(argv: list[str]) -> int:
     """train and compare the models of a study: study NAME [--to DIR] [--full] [--section.field VALUE]"""
     from launch.study import main
@@ -116,6 +123,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "configs": configs,
     "config": config,
+    "plan": plan,
     "train": train,
     "sample": sample,
     "eval": evaluate,

@@ -5,7 +5,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 BATCH = ("replica", "data", "fsdp")
 
@@ -43,13 +43,13 @@ class Rules:
             raise ValueError(f"one mesh axis would divide two axes of one array: {table}")
         return PartitionSpec(*axes)
 
-    def size(self, name: str, mesh: Mesh) -> int:
+    def size(self, name: str, mesh: Mesh | AbstractMesh) -> int:
         """Number of parts into which `mesh` divides the logical axis `name`."""
         axis = getattr(self, name)
         return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
-def rules_for(mesh: Mesh) -> Rules:
+def rules_for(mesh: Mesh | AbstractMesh) -> Rules:
     """The rules on this mesh. Only where it has devices to share a sequence do they divide it: the models that can't (and
     decoding, which has one token to divide) then never see that axis."""
     return _rules("sequence" if mesh.shape["sequence"] > 1 else None)

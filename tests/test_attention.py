@@ -141,6 +141,14 @@ def test_the_kernels_skip_what_no_query_sees():
             assert (short.any(), short.all()) == (seen.any(), seen.all())
 
 
+def test_pairs_that_the_kernels_compute_are_those_of_blocks_with_a_seen_pair():
+    for left, offset in ((None, 0), (0, 0), (129, 0), (127, 128), (128, 0), (300, 256)):
+        distance = np.arange(512)[:, None] + offset - np.arange(512 + offset)
+        seen = (distance >= 0) & (distance <= (1000 if left is None else left))
+        blocks = seen.reshape(2, 256, -1, 128).any(axis=(1, 3))
+        assert splash_tpu.computed_pairs(512, 512 + offset, left, 256, 128) == blocks.sum() * 256 * 128
+
+
 def test_blocks_are_cut_to_the_sequence():
     sizes = splash_tpu.block_sizes((0,), 640, 640, jnp.bfloat16)
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_dkv_compute) == (640, 128, 128)

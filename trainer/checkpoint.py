@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import CheckpointConfig
 from models.params import path_name
@@ -103,8 +103,8 @@ def reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def concrete(abstract: Any, mesh: Mesh) -> Any:
-    """Shapes with shardings on the abstract mesh of the same axes -> the same on these devices."""
+def concrete(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes with shardings on the abstract mesh of the same axes -> the same on these devices (or on none)."""
 
     def place(leaf):
         spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()

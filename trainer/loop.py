@@ -16,13 +16,13 @@ from data.dataset import Dataset
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
-from trainer.checkpoint import Checkpoints, concrete
+from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.metrics import Reporter
-from trainer.optimizers import make_optimizer, make_schedule
+from trainer.program import make_program
 from trainer.run_folder import RunFolder
-from trainer.step import State, init_state, train_step
+from trainer.step import State
 from trainer.tasks import Task, check_fits, make_task
 
 
@@ -51,8 +51,6 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
     task = make_task(config)
     if config.distill.teacher:
         task = distilled(task, config, data.manifest)
-    schedule = make_schedule(config.optimizer, config.trainer.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
 
     reporter = Reporter(
@@ -65,9 +63,9 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         contextlib.closing(checkpoints),
         contextlib.closing(folder),
     ):
-        # Shapes and shardings of the whole state; nothing is allocated yet.
-        init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec)
-        abstract = concrete(jax.eval_shape(init), mesh)
+        # Shapes and shardings of state and batch, and the step; nothing is allocated yet. `podwright plan` compiles the same.
+        program = make_program(config, task, mesh)
+        abstract = program.state
         latest = checkpoints.latest()
         reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
 
@@ -75,7 +73,8 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         if latest is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             base = open_base(config, mesh) if config.finetune.base else None
-            state, start = jax.jit(lambda base: init(base=base), out_shardings=shardings, donate_argnums=0)(base), 0
+            init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
+            state, start = init(base), 0
         else:
             state, meta = checkpoints.restore(latest, abstract)
             start = meta["step"]
@@ -87,11 +86,7 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
-        step_fn = functools.partial(
-            train_step, task=task, optimizer=optimizer, schedule=schedule, seed=config.trainer.seed
-        )
-        first = place(data.train_batch(start))
-        step_program = jax.jit(step_fn, donate_argnums=0).lower(abstract, first, teacher).compile()
+        step_program = program.trace(teacher).lower().compile()
         eval_program = jax.jit(task.evaluate)
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
 

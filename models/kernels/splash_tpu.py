@@ -66,6 +66,15 @@ def window(length: int, keys: int, left: int | None) -> Window:
     return Window((length, keys), window_size=(left, 0), offset=keys - length)
 
 
+@functools.lru_cache
+def computed_pairs(length: int, keys: int, left: int | None, block_q: int, block_kv: int) -> int:
+    """Queries times keys of the blocks of which anything is seen: a kernel computes these whole."""
+    first_query = np.arange(0, length, block_q)[:, None] + keys - length
+    first_key = np.arange(0, keys, block_kv)[None]
+    least, most = first_query - (first_key + block_kv - 1), first_query + block_q - 1 - first_key
+    return int(((most >= 0) & (least <= (keys if left is None else left))).sum()) * block_q * block_kv
+
+
 class Call:
     """One layer's arrays and kernel. The kernel wants heads before tokens and whole blocks, so S - T and T are padded."""
 
@@ -92,7 +101,20 @@ class Call:
             attn_logits_soft_cap=self.soft_cap or None,
             save_residuals=save_residuals,
         )
-        return lambda q, k, v: jax.vmap(kernel)(q, k, v, self.documents)
+        pairs = [computed_pairs(self.padded, self.before + self.padded, self.left, *b) for b in self.passes()]
+        # The kernels have no cost estimate: `podwright plan` reads their work off this name.
+        name = "pairs_" + "_".join(map(str, pairs))
+
+        def call(q, k, v):
+            with jax.named_scope(name):
+                return jax.vmap(kernel)(q, k, v, self.documents)
+
+        return call
+
+    def passes(self) -> list[tuple[int, int]]:
+        """Queries and keys of a block: in the forward pass, in that for dk and dv, in that for dq."""
+        b = self.blocks
+        return [(b.block_q, b.block_kv), (b.block_q_dkv, b.block_kv_dkv), (b.block_q_dq, b.block_kv_dq)]  # type: ignore[list-item]
 
     def queries(self, x: jax.Array) -> jax.Array:
         """(B T N H) -> (B N padded T H)"""

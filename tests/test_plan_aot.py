@@ -1,0 +1,108 @@
+"""Plans with the compiler: every product is one that libtpu knows, and a whole step's figures are those counted by hand."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, finish
+from test_hlo import FOLDER, machine
+
+from sharding.hlo_time import estimate
+from sharding.topologies import CHIPS, find_topology, products
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
+PRODUCTS = {"mean_over_slices": ("v5e-4", 2), "gather": ("v5e-8",), "layers_over_fsdp": ("v5e-8",)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libtpu():
+    pytest.importorskip("libtpu")
+
+
+def plan(tmp_path: pathlib.Path, *words: str) -> tuple[dict, str]:
+    """What `podwright plan` writes, and what it prints."""
+    file = tmp_path / "plan.json"
+    code, out, error = finish([sys.executable, "-m", "launch", "plan", *words, "--json", str(file)])
+    assert code == 0, error
+    return json.loads(file.read_text()), out
+
+
+def test_libtpu_has_the_devices_that_a_product_is_said_to_have():
+    names = [f"{chip}-{size}" for chip in CHIPS for size in products(chip) if size <= 4096]
+    program = (
+        "import sys; from sharding import aot; aot.prepare(); from sharding.topologies import find_topology\n"
+        "for name in sys.argv[1:]: d = aot.topology_devices(find_topology(name)); print(name, len(d), d[0].device_kind)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = [line.split(maxsplit=2) for line in ended.stdout.splitlines()]
+    expected = [[name, str(find_topology(name).devices), find_topology(name).chip.kind] for name in names]
+    assert found == expected
+
+
+def test_small_programs_compile_to_what_was_kept_of_them(tmp_path):
+    """A newer compiler may schedule otherwise; it still multiplies and sends the same."""
+    subprocess.run([sys.executable, "tests/golden/make_hlo.py", str(tmp_path)], cwd=ROOT, check=True)
+    kept = sorted(FOLDER.glob("*.txt"))
+    assert len(kept) == 9
+    for file in kept:
+        where = machine(
+            *PRODUCTS.get(file.stem, (file.stem.removeprefix("matmul_") if "matmul" in file.stem else "v5e-4",))
+        )
+        new, old = (estimate((folder / file.name).read_text(), where) for folder in (tmp_path, FOLDER))
+        assert new.flops == old.flops, file.stem
+        sent = [sorted((key, t.bytes) for key, t in found.collectives.items()) for found in (new, old)]
+        assert sent[0] == sent[1], file.stem
+        assert new.seconds == pytest.approx(old.seconds, rel=0.25), file.stem
+
+
+def test_a_tiny_step_fits_and_takes_no_less_than_its_bound(tmp_path):
+    found, out = plan(tmp_path, "griffin-tiny", "--topology", "v5e-16", "--data.batch_size", "64")
+    step = found["step"]
+    assert found["fits"]
+    assert step["flops"] >= found["model_flops"] / 16
+    assert found["step_seconds"] == step["seconds"] >= step["bound"] >= found["step_seconds_at_peak"]
+    # Pure data parallelism: one gradient, in float32, is summed over 16 devices.
+    (reduced,) = step["collectives"]
+    assert reduced["kind"] == "all-reduce"
+    assert reduced["bytes"] == pytest.approx(2 * 15 / 16 * 4 * found["parameters"], rel=0.01)
+    assert not step["unread"]
+    assert len(out.splitlines()) <= 40
+
+
+def test_slices_exchange_gradients_over_the_slow_network(tmp_path):
+    words = "--mesh.replica 2 --mesh.data 1 --mesh.fsdp 16 --data.batch_size 64"
+    found, _ = plan(tmp_path, "griffin-tiny", "--topology", "v5e-16", "--slices", "2", *words.split())
+    assert (found["chips"], found["notes"]) == (32, [])
+    networks = {c["network"]: c["bytes"] for c in found["step"]["collectives"]}
+    # Each of 16 devices exchanges its part of the float32 gradients with one device, half of it twice; the gates of four
+    # recurrences are no device's part.
+    gates = 4 * 2 * 4 * 32**2
+    assert networks["DCN"] == pytest.approx(4 * (gates + (found["parameters"] - gates) / 16), rel=0.03)
+
+
+def test_products_of_gemma_2b_are_those_counted_by_hand(tmp_path):
+    """One row of 8192 tokens a device, every layer recomputed."""
+    found, _ = plan(tmp_path, "gemma-2b", "--topology", "v5e-256")
+    tokens, layers, width, hidden, features = 8192, 18, 2048, 16384, 256
+    projections = layers * (2 * width * features * (8 + 1) + 3 * width * hidden)
+    down = layers * width * hidden  # the last product of a layer, which nothing asks for again
+    table = 256128 * width
+    # Blocks of 1024 queries by 512 keys that are seen: of 8 x 16 those on or below the diagonal.
+    pairs = sum(2 * (i + 1) for i in range(8)) * 1024 * 512
+    attention = layers * 8 * features * pairs * (2 + 2 + 4 + 3)  # forward twice, dk and dv, dq
+    by_hand = 2 * (tokens * (4 * projections - down + 4 * table) + attention)
+    assert found["step"]["flops"] == pytest.approx(by_hand, rel=0.002)
+    assert found["fits"]
+
+
+def test_what_does_not_fit_is_said_in_one_sentence():
+    words = ["gemma-tiny", "--topology", "v5e-1", "--data.batch_size", "8192"]
+    code, _, error = finish([sys.executable, "-m", "launch", "plan", *words])
+    assert code == 2
+    assert "does not fit: " in error
+    assert "GiB too much" in error
+    assert error.count("\n") == 1

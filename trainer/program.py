@@ -1,0 +1,54 @@
+"""The program of a run before anything is allocated: what `train` compiles and runs, and what `plan` compiles for a cluster
+that isn't there."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from configs.schema import Config
+from data.shapes import batch_fields
+from sharding.rules import rules_for
+from trainer.checkpoint import concrete
+from trainer.optimizers import make_optimizer, make_schedule
+from trainer.step import State, init_state, train_step
+from trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class Program:
+    init: Callable[..., State]  # the state before the first step; `base` may bring its parameters
+    state: State  # shapes, dtypes and shardings
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Any  # the jitted train_step: (state, batch, teacher) -> (state, metrics); the state is donated
+
+    def trace(self, teacher: Any | None = None):
+        return self.step.trace(self.state, self.batch, teacher)
+
+
+def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Program:
+    """To be called, and traced, with `mesh` set."""
+    spec = rules_for(mesh).spec
+    schedule = make_schedule(config.optimizer, config.trainer.steps)
+    optimizer: optax.GradientTransformation = make_optimizer(
+        config.optimizer, schedule, task.decays, task.clips, task.learns
+    )
+    init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec)
+    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, seed=config.trainer.seed)
+    rows = NamedSharding(mesh, spec("batch"))
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in batch_fields(config.data).items()
+    }
+    return Program(init, concrete(jax.eval_shape(init), mesh), batch, jax.jit(step, donate_argnums=0))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of shapes with shardings: what the first device holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
