@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sharding.topologies import peak_flops
 from trainer.checkpoint import StorageError, reason
 
+FLUSH_SECONDS = 10.0  # that a point may be missing from TensorBoard
+
 
 class NumericsError(ArithmeticError):
     """The loss or the gradient stopped being a number."""
@@ -32,14 +34,18 @@ class Reporter:
         self.steps, self.log_every = steps, log_every
         self.console = Console(highlight=False, soft_wrap=True)
         self.folder = folder
-        from tensorboardX import SummaryWriter  # here, so that reading a run's metrics doesn't need it
+        # Not its SummaryWriter: that writes in a thread, and once a full disk has ended the thread, the next points wait for
+        # it for ever. Imported here, so that reading a run's metrics doesn't need it.
+        from tensorboardX.event_file_writer import EventsWriter
 
         with self._explained():
             self.log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
             self.metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             if self.metrics_file.tell() and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
                 self.metrics_file.write("\n")  # a kill left half a line: keep it, start a new one
-            self.curves = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+            (folder / "tensorboard").mkdir(exist_ok=True)
+            self.curves = EventsWriter(str(folder / "tensorboard" / "events"))
+        self._curves_flushed = time.monotonic()
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -84,12 +90,19 @@ class Reporter:
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl (a value that is not finite becomes null there) and points of TensorBoard's curves."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._explained():
             self.metrics_file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
             for name, value in finite.items():
                 if value is not None:
-                    self.curves.add_scalar(f"{kind}/{name}", value, step)
+                    point = scalar(f"{kind}/{name}", value)
+                    self.curves.write_event(Event(wall_time=time.time(), step=step, summary=point))
+            if time.monotonic() - self._curves_flushed > FLUSH_SECONDS:
+                self.curves.flush()
+                self._curves_flushed = time.monotonic()
 
     def start_clock(self) -> None:
         """Start (or, after an evaluation or save, restart) timing, so that throughput counts training alone."""
