@@ -41,7 +41,10 @@ def start(command: list[str], **options) -> subprocess.Popen:
 def finish(command: list[str], timeout: float = 600, **options) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command run to its end."""
     process = start(command, **options)
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()  # if it took too long
     return process.returncode, out, err
 
 
