@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from configs.schema import ChatData, DataConfig, ImageData, RecallData, TextData
 from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
@@ -19,13 +21,10 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
 }
 
 
-def open_data(config: DataConfig, process_index: int = 0, process_count: int = 1) -> Dataset:
-    """The data of a run as host `process_index` of `process_count` sees it.
-
-    Raises DataError when there is nothing usable, ConfigError when the batch does not divide among the hosts.
-    """
-    data = SOURCES[config.kind](config)
-    return dataclasses.replace(data, process_index=process_index, process_count=process_count)
+def open_data(config: DataConfig, rows: np.ndarray | None = None) -> Dataset:
+    """The data of a run as a host sees it that reads these rows of every batch (None: all). Raises DataError when there is
+    nothing usable."""
+    return dataclasses.replace(SOURCES[config.kind](config), rows=rows)
 
 
 __all__ = ["SOURCES", "Batch", "DataError", "Dataset", "open_data"]

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from configs.schema import ConfigError
 from data.order import example_at
 
 Batch = dict[str, np.ndarray]
@@ -38,7 +37,7 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A source opened for one host. All arrays are numpy; b is batch_size / process_count rows."""
+    """A source opened for one host. All arrays are numpy; b is the number of rows of a batch that this host reads."""
 
     manifest: dict[str, Any]  # see manifest_of
     train: Examples
@@ -47,16 +46,8 @@ class Dataset:
     seed: int
     summary: tuple[str, ...]  # what was found, at most two lines
     skipped: list[tuple[str, str]]  # (path, or file:line of a record, reason), in that order
-    process_index: int = 0
-    process_count: int = 1
     unit: str = "file"  # what is skipped
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.process_count:
-            raise ConfigError(
-                f"batch_size={self.batch_size} does not divide among {self.process_count} hosts: "
-                f"give a multiple of {self.process_count}"
-            )
+    rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
 
     @property
     def examples_per_epoch(self) -> int:
@@ -100,10 +91,9 @@ class Dataset:
         return [*self.summary, *([f"skipped {count_reasons(self.skipped, self.unit)}"] if self.skipped else [])]
 
     def _positions(self, step: int) -> np.ndarray:
-        """int64 [b]: this host's contiguous share of the global batch's positions."""
-        rows = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * rows
-        return np.arange(first, first + rows, dtype=np.int64)
+        """int64 [b]: this host's share of the positions of batch `step`."""
+        rows = np.arange(self.batch_size) if self.rows is None else self.rows
+        return step * self.batch_size + rows.astype(np.int64)
 
 
 def manifest_of(content: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:

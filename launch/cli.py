@@ -19,6 +19,7 @@ EXIT_CODES = {
     "ConversionError": 4,
     "NumericsError": 5,
     "Preempted": 75,
+    "AnotherHost": 76,
 }
 
 
@@ -33,14 +34,24 @@ def train(argv: list[str]) -> int:
     resolved = resolve(name, rest, {"run": "DIR", "allow": "FIELDS"})
     run = resolved.options.get("run") or os.path.join("runs", resolved.config.name)
     allow = allowed_fields(resolved.options.get("allow", ""), resolved.config)
+    from sharding import hosts
     from trainer.loop import Preempted
     from trainer.loop import train as run_training
 
+    hosts.join()
     try:
         run_training(resolved.config, run, allow)
     except Preempted as end:
-        raise Preempted(f"{end}; continue with: {shlex.join(['podwright', 'train', *argv])}") from None
+        again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
+        raise Preempted(f"{end}; continue with: {again}") from None
     return 0
+
+
+def launch(argv: list[str]) -> int:
+    """train on several processes of this machine: launch NAME --on local --processes N [options of train]"""
+    from launch.local import main
+
+    return usage(launch) if not argv or argv[0] in ("-h", "--help") else main(argv)
 
 
 def usage(command: Callable) -> int:
@@ -125,6 +136,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "config": config,
     "plan": plan,
     "train": train,
+    "launch": launch,
     "sample": sample,
     "eval": evaluate,
     "logits": logits,

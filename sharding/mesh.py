@@ -8,13 +8,22 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs.schema import MESH_FIELDS, ConfigError, MeshConfig
+from sharding.hosts import on_this_machine
 
 
 def simulate_devices(mesh: MeshConfig) -> None:
-    """Split the CPU into `mesh.simulated_devices` devices. Must run before jax starts its backend."""
+    """Split the CPU into `mesh.simulated_devices` devices. Must run before jax starts its backend.
+
+    Raises ConfigError if they don't divide among the processes of this machine.
+    """
     if mesh.simulated_devices:
+        processes = on_this_machine()
+        if mesh.simulated_devices % processes:
+            raise ConfigError(
+                f"{mesh.show('simulated_devices')} does not divide among {processes} processes: give a multiple of {processes}"
+            )
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", mesh.simulated_devices)
+        jax.config.update("jax_num_cpu_devices", mesh.simulated_devices // processes)
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
 import time
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from configs.schema import Config, ConfigError
 from data import open_data
 from data.dataset import Dataset
+from sharding import hosts
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
@@ -39,14 +41,15 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
     allow = frozenset(allow)
     simulate_devices(config.mesh)
     use_compilation_cache(config.trainer.compilation_cache)
-    folder = RunFolder(run, config, allow)
-    mesh = make_mesh(config.mesh)
-    spec = rules_for(mesh).spec
-    check_batch(config, mesh)
-
-    data = open_data(config.data, process_index=jax.process_index(), process_count=jax.process_count())
-    check_fits(config, data.manifest)
-    folder.check_data(data.manifest, allowed="data" in allow)
+    with hosts.together():
+        folder = RunFolder(run, config, allow, owner=hosts.first())
+    with hosts.together():
+        mesh = make_mesh(config.mesh)
+        spec = rules_for(mesh).spec
+        check_batch(config, mesh)
+        data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
+        check_fits(config, data.manifest)
+        folder.check_data(data.manifest, allowed="data" in allow)
 
     task = make_task(config)
     if config.distill.teacher:
@@ -54,7 +57,13 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
 
     reporter = Reporter(
-        folder.path, task.unit, task.units_per_step, task.flops_per_step, config.trainer.steps, config.trainer.log_every
+        folder.path,
+        task.unit,
+        task.units_per_step,
+        task.flops_per_step,
+        config.trainer.steps,
+        config.trainer.log_every,
+        silent=not hosts.first(),
     )
     with (
         jax.set_mesh(mesh),
@@ -117,6 +126,8 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
                 pending = (step, metrics, waited)
 
                 last = step == config.trainer.steps
+                if hosts.asked_to_stop(step):
+                    stop.append("SIGTERM")
                 stopping = bool(stop)
                 evaluating = last or (config.eval.every and step % config.eval.every == 0)
                 saving = last or stopping or step % config.checkpoint.every == 0
@@ -198,15 +209,23 @@ def use_compilation_cache(folder: str) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """Collects SIGINT and SIGTERM, so that the loop can save first; a second one of them interrupts at once."""
+    """Collects SIGINT and SIGTERM, so that the loop can save first; a second one of them interrupts at once.
+
+    One of several hosts leaves SIGTERM to jax, which tells it to all (`hosts.asked_to_stop`), and makes SIGINT one.
+    """
     received: list[str] = []
+    alone = jax.process_count() == 1
 
     def note(number, frame):
         if received:
             raise KeyboardInterrupt
-        received.append({signal.SIGINT: "ctrl-C", signal.SIGTERM: "SIGTERM"}[number])
+        if alone:
+            received.append({signal.SIGINT: "ctrl-C", signal.SIGTERM: "SIGTERM"}[number])
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

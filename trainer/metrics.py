@@ -25,27 +25,28 @@ class NumericsError(ArithmeticError):
 
 
 class Reporter:
-    """Writes to the terminal, log.txt, metrics.jsonl and TensorBoard. Appends; nothing logged is ever rewritten."""
+    """Writes to the terminal, log.txt, metrics.jsonl and TensorBoard. Appends; nothing logged is ever rewritten.
+
+    Of several hosts all but one are `silent`: they write nothing.
+    """
 
     def __init__(
-        self, folder: pathlib.Path, unit: str, units_per_step: int, flops_per_step: float, steps: int, log_every: int
+        self,
+        folder: pathlib.Path,
+        unit: str,
+        units_per_step: int,
+        flops_per_step: float,
+        steps: int,
+        log_every: int,
+        silent: bool = False,
     ):
         self.unit, self.units_per_step, self.flops_per_step = unit, units_per_step, flops_per_step
         self.steps, self.log_every = steps, log_every
         self.console = Console(highlight=False, soft_wrap=True)
         self.folder = folder
-        # Not its SummaryWriter: that writes in a thread, and once a full disk has ended the thread, the next points wait for
-        # it for ever. Imported here, so that reading a run's metrics doesn't need it.
-        from tensorboardX.event_file_writer import EventsWriter
-
-        with self._explained():
-            self.log_file = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
-            self.metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            if self.metrics_file.tell() and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
-                self.metrics_file.write("\n")  # a kill left half a line: keep it, start a new one
-            (folder / "tensorboard").mkdir(exist_ok=True)
-            self.curves = EventsWriter(str(folder / "tensorboard" / "events"))
-        self._curves_flushed = time.monotonic()
+        self.silent = silent
+        if not silent:
+            self._open()
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -54,12 +55,26 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
             transient=True,
         )
         self.bar = self.progress.add_task("training", total=steps)
         self._window_start: float | None = None
         self._window_steps, self._window_wait = 0, 0.0
+
+    def _open(self) -> None:
+        # Not its SummaryWriter: that writes in a thread, and once a full disk has ended the thread, the next points wait for
+        # it for ever. Imported here, so that reading a run's metrics doesn't need it.
+        from tensorboardX.event_file_writer import EventsWriter
+
+        with self._explained():
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+            self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            if self.metrics_file.tell() and not (self.folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
+                self.metrics_file.write("\n")  # a kill left half a line: keep it, start a new one
+            (self.folder / "tensorboard").mkdir(exist_ok=True)
+            self.curves = EventsWriter(str(self.folder / "tensorboard" / "events"))
+        self._curves_flushed = time.monotonic()
 
     def __enter__(self) -> "Reporter":
         self.progress.start()
@@ -69,6 +84,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+        if self.silent:
+            return
         for file in (self.curves, self.metrics_file, self.log_file):
             with contextlib.suppress(OSError):  # lines are written as they come: a failed one has been told
                 file.close()
@@ -81,6 +98,8 @@ class Reporter:
             raise StorageError(f"{self.folder} could not be written: {reason(error)}") from error
 
     def say(self, *lines: str) -> None:
+        if self.silent:
+            return
         for line in lines:
             self.console.print(line, markup=False)
             with self._explained():
@@ -90,6 +109,8 @@ class Reporter:
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl (a value that is not finite becomes null there) and points of TensorBoard's curves."""
+        if self.silent:
+            return
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 

@@ -22,9 +22,12 @@ REFUSED = ("data", "checkpoint", "result")  # a change with one of these effects
 
 
 class RunFolder:
-    """Claims `path` for this process. Raises StorageError if it can't be used, ConfigError if it belongs to another config."""
+    """Claims `path` for this process. Raises StorageError if it can't be used, ConfigError if it belongs to another config.
 
-    def __init__(self, path: str | pathlib.Path, config: Config, allow: Iterable[str] = ()):
+    Of several hosts one is its `owner`; the others leave the folder alone.
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: Config, allow: Iterable[str] = (), owner: bool = True):
         if "://" in str(path):
             raise ConfigError(
                 f"--run {path} is not a folder of this machine: runs on cloud storage are not supported yet"
@@ -32,6 +35,9 @@ class RunFolder:
         self.path = pathlib.Path(path).expanduser()
         self.config_file = self.path / "config.json"
         self.changes: list[Difference] = []
+        self.owner = owner
+        if not owner:
+            return
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"--run {self.path} is a file: give a folder")
@@ -107,6 +113,8 @@ class RunFolder:
 
     def check_data(self, manifest: dict, allowed: bool) -> None:
         """Keep the data manifest of a new run; refuse a resume on other data, naming what changed."""
+        if not self.owner:
+            return
         file = self.path / "data_manifest.json"
         if file.exists() and self._has_trained():
             saved = read_manifest(self.path)
@@ -118,6 +126,8 @@ class RunFolder:
         self.write("data_manifest.json", json.dumps(manifest, indent=1))
 
     def close(self) -> None:
+        if not self.owner:
+            return
         with contextlib.suppress(OSError):
             self._lock_file.truncate(0)
             self._lock_file.close()

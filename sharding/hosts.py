@@ -1,0 +1,74 @@
+"""Several processes that train together, one a host: joining them, agreeing, and what each of them reads."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from sharding.rules import rules_for
+
+# How `podwright launch --on local` tells its processes apart.
+ADDRESS, COUNT, INDEX = "PODWRIGHT_COORDINATOR", "PODWRIGHT_PROCESSES", "PODWRIGHT_PROCESS"
+
+
+class AnotherHost(Exception):
+    """Another host could not go on; it says why itself."""
+
+
+def join() -> None:
+    """Join the job's other processes, if there are any. Must run before jax starts its backend.
+
+    On TPU pods, Slurm and Kubernetes jax finds them itself; a machine that is no part of such a job stays alone.
+    """
+    if INDEX in os.environ:
+        count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
+        jax.distributed.initialize(os.environ[ADDRESS], count, index)
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise
+
+
+def on_this_machine() -> int:
+    """How many processes of the job share this machine, and thus its simulated devices."""
+    return int(os.environ.get(COUNT, 1))
+
+
+def first() -> bool:
+    """Whether this is the process that writes and prints for all."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A failure inside is every host's: those without one of their own raise AnotherHost instead of waiting for ever."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
+        if failure is None and failed.size:
+            raise AnotherHost(f"host {failed[0]} could not go on, and says why")
+    if failure is not None:
+        raise failure
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether a host was told to stop and all are to do so after this step: the same answer on every host. (jax listens for
+    SIGTERM and for a cloud's notice of preemption.)"""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices need, ascending; hosts that share sequences or tensors need the same."""
+    sharding = NamedSharding(mesh, rules_for(mesh).spec("batch"))
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
