@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -62,8 +63,11 @@ def signal_at(
 
 def saved_arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by its slash-joined name on disk, read with orbax alone."""
-    with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
-        tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        folder = (run / "checkpoints" / str(step) / "state").absolute()
+        names = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)  # whatever devices saved them
+        tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
     def flatten(node, path):
         if isinstance(node, dict):
