@@ -66,7 +66,8 @@ def saved_arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         folder = (run / "checkpoints" / str(step) / "state").absolute()
         names = reader.metadata(folder).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)  # whatever devices saved them
+        # Whatever devices saved them.
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
         tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
     def flatten(node, path):
