@@ -362,6 +362,12 @@ class TrainerConfig(Section):
         choices=("none", "dots", "layer"),
         changes=("recompile",),
     )
+    microbatches: int = setting(
+        1,
+        "parts of a batch that run one after another, their gradients summed: each needs the memory of its own rows",
+        low=1,
+        changes=("recompile",),
+    )
     logits_mib: int = setting(
         256, "MiB of logits that a device holds at a time (language models)", low=1, changes=("recompile",)
     )
@@ -409,6 +415,11 @@ class Config:
             raise ConfigError(
                 f"{self.mesh.show('sequence')} contradicts model.kind={self.model.kind!r}: only language models divide a "
                 f"sequence among devices, the others need mesh.sequence=1"
+            )
+        if self.mesh.tensor != 1 and image:
+            raise ConfigError(
+                f"{self.mesh.show('tensor')} contradicts model.kind={self.model.kind!r}: only language models divide heads "
+                f"and hidden units among devices, the others need mesh.tensor=1; mesh.fsdp divides their parameters"
             )
         if not isinstance(self.data, ImageData) and self.data.sequence_length % self.mesh.sequence:
             raise ConfigError(

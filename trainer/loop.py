@@ -193,11 +193,13 @@ def read(pending: tuple) -> tuple[int, dict[str, float], float]:
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    shards = rules_for(mesh).size("batch", mesh)
+    devices, microbatches = rules_for(mesh).size("batch", mesh), config.trainer.microbatches
+    shards = devices * microbatches
     if config.data.batch_size % shards:
+        product = f" times {config.trainer.show('microbatches')}" if microbatches > 1 else ""
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} is not a multiple of {shards}, the devices that divide a batch "
-            f"(replica * data * fsdp): {config.data.batch_size // shards * shards or shards} is"
+            f"(replica * data * fsdp){product}: {config.data.batch_size // shards * shards or shards} is"
         )
 
 

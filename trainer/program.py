@@ -39,7 +39,15 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         config.optimizer, schedule, task.decays, task.clips, task.learns
     )
     init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec)
-    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, seed=config.trainer.seed)
+    trainer = config.trainer
+    step = functools.partial(
+        train_step,
+        task=task,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=trainer.seed,
+        microbatches=trainer.microbatches,
+    )
     rows = NamedSharding(mesh, spec("batch"))
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)

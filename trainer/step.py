@@ -1,12 +1,14 @@
 """The state of a run, and the program that takes it from one step to the next."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from models.params import Spec
 from trainer.tasks import Batch, Task
@@ -41,6 +43,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
+    microbatches: int = 1,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars).
 
@@ -48,7 +51,42 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
-    gradient, metrics = jax.grad(loss, has_aux=True)(state.model, batch, key)
+    gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
     metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
     return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics
+
+
+def mean_gradient(
+    loss: Callable, weight: Callable[[Batch], jax.Array], model: Any, batch: Batch, key: jax.Array, microbatches: int
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradient and metrics of a task's `loss` over a batch; with several microbatches, of one after another.
+
+    A microbatch counts by its share of the batch's weight, so that the sums are those of the whole batch.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        return gradient(model, batch, key)
+    total = jnp.maximum(weight(batch), 1.0)
+
+    def add(sums, part):
+        number, rows = part
+        share = weight(rows) / total
+        found = gradient(model, rows, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda a, b: a + share * b, sums, found), None
+
+    parts = jnp.arange(microbatches), jax.tree.map(functools.partial(split, count=microbatches), batch)
+    _, metrics = jax.eval_shape(gradient, model, jax.tree.map(lambda rows: rows[0], parts[1]), key)
+    zeros = jax.tree.map(jnp.zeros_like, (model, metrics))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def split(rows: jax.Array, count: int) -> jax.Array:
+    """(B ...) -> (count B/count ...): each device cuts its own rows, and none moves."""
+    devices = jax.typeof(rows).sharding.spec[0]
+    cut = jax.shard_map(
+        lambda own: own.reshape(count, -1, *own.shape[1:]),
+        in_specs=PartitionSpec(devices),
+        out_specs=PartitionSpec(None, devices),
+    )
+    return cut(rows)

@@ -27,6 +27,7 @@ class Task:
     # (model, batch, key) -> what training minimises, and the metrics of it: "loss", and what else there is; trainer.distill
     # adds a keyword, `teacher`
     loss: Callable[..., tuple[jax.Array, Sums]]
+    weight: Callable[[Batch], jax.Array]  # what the means in loss and metrics are over: tokens, or images
     evaluate: Callable[[Any, Batch], Sums]  # (model, held-out batch) -> sums over the batch
     summarise: Callable[[dict[str, float]], dict[str, float]]  # sums over all batches -> metrics by name
     headline: str  # the metric that evaluations are judged by; lower is better
@@ -83,6 +84,7 @@ def language_modelling(config: Config) -> Task:
     return Task(
         init=lambda key, spec: family.model(config.model, Init(key, spec)),
         loss=loss,
+        weight=lambda batch: jnp.sum(batch["weights"]),
         evaluate=evaluate,
         summarise=summarise,
         headline="bits_per_byte",
@@ -148,6 +150,7 @@ def image_classification(config: Config) -> Task:
     return Task(
         init=lambda key, spec: family.model(config.model, Init(key, spec)),
         loss=loss,
+        weight=lambda batch: jnp.float32(batch["labels"].shape[0]),
         evaluate=evaluate,
         summarise=summarise,
         headline="error_rate",
