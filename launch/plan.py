@@ -174,6 +174,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     """Takes seconds without libtpu, and as long as the compiler with it. Raises ConfigError."""
     import jax
 
+    from sharding.fallbacks import fallbacks
     from sharding.mesh import abstract_mesh, make_mesh, slice_notes
     from trainer.loop import check_batch
     from trainer.program import bytes_per_device, make_program
@@ -191,7 +192,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
             config=config,
             topology=topology,
             mesh=dict(mesh.shape),
-            notes=slice_notes(mesh.shape, topology.slices),
+            notes=slice_notes(mesh.shape, topology.slices) + fallbacks(program.state, mesh),
             count=sum(leaf.size for leaf in jax.tree.leaves(program.state.model)),
             parameters=bytes_per_device(program.state.model),
             optimizer=bytes_per_device(program.state.opt_state),

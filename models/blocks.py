@@ -103,7 +103,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """(B T D) in `dtype`, of the float32 table: its gradient is summed in float32."""
-        return lookup(self.spec, dtype, self.table[...], tokens)
+        table = reshard(self.table[...], self.spec("vocab", "embed"))  # where it is kept otherwise, see `storage`
+        return lookup(self.spec, dtype, table, tokens)
 
     def logits(self, x: jax.Array, soft_cap: float) -> jax.Array:
         """(B T V) in float32; `soft_cap` 0 is none. Padding rows have no probability: their logits are MASKED."""

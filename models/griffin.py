@@ -28,7 +28,7 @@ class Griffin(LanguageModel):
     """Griffin, Hawk, RecurrentGemma, and the paper's Transformer."""
 
     def __init__(self, config: GriffinConfig, init: Init):
-        super().__init__(config, init, Block)
+        super().__init__(config, init, Block, rnn=config.rnn_width, gate_blocks=config.num_gate_blocks)
 
     def scaled(self, x: jax.Array) -> jax.Array:
         return x * embedding_scale(self.config.width).astype(x.dtype) if self.config.embedding_scale else x
@@ -108,16 +108,23 @@ class Recurrence(nnx.Module):
 class BlockDiagonal(nnx.Module):
     """Parameters of G dense blocks on a diagonal, L -> L, so that gates never cross a device.
 
-    Where the devices that divide channels do not divide the blocks, too, each has the parameters of all blocks.
+    The kernel (L L/G) is what the L rows of that matrix have within their block: any number of devices that divides the
+    channels divides it, too, while blocks are few and their sides seldom powers of two.
     """
 
     def __init__(self, init: Init, width: int, num_blocks: int):
         block = width // num_blocks
         # The reference's fan-in counts the blocks too: variance 1 / L.
-        self.axis = init.axis("gate_blocks", num_blocks)
-        self.kernel = init.param("kernel", (num_blocks, block, block), (self.axis, None, None), normal(1 / width))
-        self.bias = init.param("bias", (num_blocks, block), (self.axis, None), zeros)
+        self.kernel = init.param("kernel", (width, block), ("gate_rows", None), normal(1 / width))
+        self.bias = init.param("bias", (num_blocks, block), ("gate_blocks", None), zeros)
         self.spec = init.spec
+
+    def gathered(self) -> tuple[jax.Array, jax.Array]:
+        """Weights (G L/G L/G) and biases (G L/G), of whole blocks on each device: those of its channels, or all."""
+        num_blocks, block = self.bias.shape
+        rows = reshard(self.kernel[...], self.spec("gate_blocks", None))
+        blocks = self.spec("gate_blocks", None, None)
+        return jnp.reshape(rows, (num_blocks, block, block), out_sharding=blocks), self.bias[...]
 
 
 def ring(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -170,7 +177,7 @@ def rg_lru(
     axis = spec("seq")[0] if h0 is None else None
     time = None if axis is None else "seq"
     channels, row = spec("batch", time, "rnn"), spec("batch", "rnn")
-    gate = (spec(input_gate.axis, None, None), spec(input_gate.axis, None))
+    gate = (spec("gate_blocks", None, None), spec("gate_blocks", None))
     implementation: Implementation | None = None
     if h0 is not None and u.shape[1] == 1:
         implementation = "associative"  # of one step there is nothing to scan
@@ -180,7 +187,7 @@ def rg_lru(
             return rg_lru_scan(u, segment_pos, *rest, implementation=implementation)
         return rg_lru_shared(axis, u, segment_pos, *rest), None
 
-    if input_gate.axis is None and parts(spec, "rnn") > 1:
+    if parts(spec, "gate_blocks") < parts(spec, "rnn"):
         scan = functools.partial(with_whole_blocks, scan, spec("rnn")[0])
     scanned = jax.shard_map(
         scan,
@@ -188,9 +195,9 @@ def rg_lru(
         out_specs=(channels, row if axis is None else None),
         check_vma=False,  # Pallas kernels do not say over which mesh axes their results vary
     )
-    parameters = [array[...] for gate in (input_gate, a_gate) for array in (gate.kernel, gate.bias)]
+    parameters = (*input_gate.gathered(), *a_gate.gathered(), a_param)
     start = () if h0 is None else (h0,)
-    h, last = scanned(reshard(u, channels), reshard(segment_pos, spec("batch", time)), *parameters, a_param, *start)
+    h, last = scanned(reshard(u, channels), reshard(segment_pos, spec("batch", time)), *parameters, *start)
     return reshard(h, spec("batch", "seq", "rnn")), last
 
 
@@ -221,11 +228,12 @@ class LocalAttention(nnx.Module):
     def __init__(self, config: GriffinConfig, init: Init, final: float):
         width, heads = config.width, config.num_heads
         head = width // heads
-        axis = init.axis("heads", heads)  # every device has all heads where their number cannot be divided
-        self.q = Linear(init.scope("q"), (width,), (heads, head), ("embed", axis, None), 1 / width, bias=False)
+        self.q = Linear(init.scope("q"), (width,), (heads, head), ("embed", "heads", None), 1 / width, bias=False)
         self.k = Linear(init.scope("k"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
         self.v = Linear(init.scope("v"), (width,), (1, head), ("embed", "kv_heads", None), 1 / width, bias=False)
-        self.out = Linear(init.scope("out"), (heads, head), (width,), (axis, None, "embed"), final / width, bias=True)
+        self.out = Linear(
+            init.scope("out"), (heads, head), (width,), ("heads", None, "embed"), final / width, bias=True
+        )
         self.window, self.blocks, self.spec = config.window, config.attention_blocks, init.spec
 
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:

@@ -17,10 +17,13 @@ from models.state import State, advance, visible
 
 
 class LanguageModel(nnx.Module):
-    """Tokens and positions to logits. A family gives its blocks, `block(config, kind, init)`, and may scale embeddings."""
+    """Tokens and positions to logits. A family gives its blocks, `block(config, kind, init)`, and the sizes of the logical
+    axes that these have besides `embed`, `mlp`, `heads` and `vocab`; it may scale embeddings."""
 
-    def __init__(self, config: Any, init: Init, block: Callable[..., nnx.Module], padding_rows: int = 0):
-        self.config = config
+    def __init__(self, config: Any, init: Init, block: Callable[..., nnx.Module], padding_rows: int = 0, **sizes: int):
+        sizes |= {"embed": config.width, "mlp": config.mlp_width, "heads": config.num_heads}
+        init = init.fitted(**sizes, vocab=config.vocab_size + padding_rows)
+        self.config, self.spec = config, init.spec
         self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width, padding_rows)
         self.layers = Stack(
             init.scope("layers"), config.pattern, config.depth, lambda kind, scope: block(config, kind, scope)

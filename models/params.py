@@ -15,6 +15,19 @@ from jax.sharding import PartitionSpec
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> float32 array
 Spec = Callable[..., PartitionSpec]  # logical axis names -> PartitionSpec, see sharding.rules.Rules.spec
+STORED = ("embed", "gate_rows", "channels_in", "channels_out")  # divided for storage only: gathered before use
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A Spec without the logical axes that the mesh does not divide evenly: they are whole on every device."""
+
+    spec: Spec
+    whole: tuple[tuple[str, int], ...]  # those axes and their sizes
+
+    def __call__(self, *names: str | None) -> PartitionSpec:
+        whole = dict(self.whole)
+        return self.spec(*(None if name in whole else name for name in names))
 
 
 @dataclass(frozen=True)
@@ -32,31 +45,58 @@ class Init:
         """Every parameter below gets a leading `layers` axis, each layer with a key of its own."""
         return replace(self, num_layers=num_layers)
 
-    def axis(self, name: str, size: int) -> str | None:
-        """The logical axis `name`, or None (whole on every device) where the current mesh has parts that do not divide `size`."""
-        return name if size % parts(self.spec, name) == 0 else None
+    def fitted(self, **sizes: int) -> "Init":
+        """For a model whose logical axes have these sizes: what the current mesh does not divide evenly is whole."""
+        whole = tuple((name, size) for name, size in sizes.items() if size % parts(self.spec, name))
+        return replace(self, spec=Fitted(self.spec, whole)) if whole else self
 
     def param(
         self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser
     ) -> nnx.Param:
-        """A float32 parameter of `shape`, divided over the mesh by its logical `axes` (one per dimension)."""
+        """A float32 parameter of `shape`, divided over the mesh by its logical `axes` (one per dimension), see `storage`."""
         if len(shape) != len(axes):
             raise ValueError(f"parameter {name}: shape {shape} has {len(shape)} axes, {axes} names {len(axes)}")
-        key = _fold_name(self.key, name)
+        key, spec = _fold_name(self.key, name), storage(self.spec, shape, axes)
         if self.num_layers is None:
             value = initialiser(key, shape)
         else:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.num_layers))
             value = jax.vmap(lambda k: initialiser(k, shape))(keys)
-            axes = ("layers", *axes)
-        return nnx.Param(jax.sharding.reshard(value.astype(jnp.float32), self.spec(*axes)))
+            axes, spec = ("layers", *axes), PartitionSpec(*self.spec("layers"), *spec)
+        return nnx.Param(jax.sharding.reshard(value.astype(jnp.float32), spec), axes=axes)
 
 
-def mesh_axes(spec: Spec, *names: str) -> tuple[str, ...]:
+def storage(spec: Spec, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    """How a parameter is kept. One with an axis of `STORED` is gathered before use, so that a mesh axis that does not divide
+    its own dimension divides another: the largest it can. Only where there is none is the parameter whole.
+    """
+    if not any(axis in STORED for axis in axes):
+        return spec(*axes)
+    wanted = (spec.spec if isinstance(spec, Fitted) else spec)(*axes)
+    sizes, rest = jax.sharding.get_abstract_mesh().shape, list(shape)
+    found: list[list[str]] = [[] for _ in shape]
+
+    def put(place: int, axis: str) -> bool:
+        if fits := rest[place] % sizes.get(axis, 1) == 0:
+            rest[place] //= sizes.get(axis, 1)
+            found[place].append(axis)
+        return fits
+
+    asked = [(place, axis) for place, entry in enumerate(wanted) for axis in axes_of(entry)]
+    for axis in [axis for place, axis in asked if not put(place, axis)]:
+        any(put(place, axis) for place in sorted(range(len(shape)), key=lambda i: -rest[i]))
+    return PartitionSpec(*(tuple(entry) if len(entry) > 1 else entry[0] if entry else None for entry in found))
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def mesh_axes(spec: Spec, *logical: str) -> tuple[str, ...]:
     """The axes of the current mesh that divide these logical axes: those of more than one device, since XLA carries out a
     collective over one device, too, with all its copies."""
-    found = [spec(name)[0] or () for name in names]
-    axes = (axis for axes in found for axis in ((axes,) if isinstance(axes, str) else axes))
+    axes = (axis for name in logical for axis in axes_of(spec(name)[0]))
     sizes = jax.sharding.get_abstract_mesh().shape
     return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 

@@ -26,6 +26,7 @@ class Rules:
     kv_heads: tuple[str, ...] | str | None = None  # few: replicated over the tensor axis
     rnn: tuple[str, ...] | str | None = "tensor"  # recurrence channels
     gate_blocks: tuple[str, ...] | str | None = "tensor"  # diagonal blocks of the RG-LRU gates
+    gate_rows: tuple[str, ...] | str | None = ("tensor", "fsdp")  # the rows of all blocks, as they are stored
     vocab: tuple[str, ...] | str | None = "tensor"
     layers: tuple[str, ...] | str | None = None  # stacked layers are scanned over
     channels_in: tuple[str, ...] | str | None = None

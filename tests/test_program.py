@@ -11,6 +11,7 @@ from runs import SMALL
 from configs.overrides import resolve
 from data import open_data
 from data.shapes import batch_fields
+from sharding.fallbacks import fallbacks
 from sharding.mesh import abstract_mesh, make_mesh
 from trainer.loop import train
 from trainer.program import bytes_per_device, make_program
@@ -21,9 +22,18 @@ def sha(lowered) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["griffin-tiny", "nfnet-tiny"])
-def test_train_compiles_the_program_that_plan_compiles(name, tmp_path, monkeypatch):
-    words = "--data.batch_size 8 --mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2 --trainer.steps 1 --eval.batches 1"
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        (
+            "griffin-tiny",
+            "--mesh.fsdp 4 --mesh.tensor 2 --trainer.microbatches 2 --data.batch_size 16 --model.mlp_width 63",
+        ),
+        ("nfnet-tiny", "--mesh.data 2 --mesh.fsdp 4 --data.batch_size 8"),
+    ],
+)
+def test_train_compiles_the_program_that_plan_compiles(name, mesh, tmp_path, monkeypatch, capsys):
+    words = f"{mesh} --trainer.steps 1 --eval.batches 1"
     config = resolve(name, [*SMALL[name].split(), *words.split(), "--trainer.compilation_cache", ""]).config
     compiled = []
     original = jax.stages.Lowered.compile
@@ -38,7 +48,10 @@ def test_train_compiles_the_program_that_plan_compiles(name, tmp_path, monkeypat
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             planned = sha(make_program(config, make_task(config), mesh).trace().lower())
+            fallen = fallbacks(make_program(config, make_task(config), mesh).state, mesh)
     assert compiled == [planned]
+    assert len(fallen) == (name == "griffin-tiny")
+    assert all(f"note        {sentence}\n" in capsys.readouterr().out for sentence in fallen)
 
 
 def chat_lines(folder) -> str:

@@ -175,19 +175,37 @@ def test_channels_may_be_divided_within_a_gate_block(sizes):
     check(config, on_one_device(config), sizes)
 
 
-def test_the_recurrence_asks_no_device_that_shares_its_channels():
-    """Of a mixer's forward and backward pass on 8 devices, only the projections to and from the model's width do."""
-    config, mesh = GriffinConfig(**SMALL), make_mesh(MeshConfig(data=1, tensor=8))
+def collectives_of_a_recurrence(sizes: MeshConfig) -> list[str]:
+    """Of a mixer's forward and backward pass, as XLA's text has them."""
+    config, mesh = GriffinConfig(**SMALL), make_mesh(sizes)
 
     def loss(mixer, x, positions):
         return jnp.sum(mixer(x, positions) ** 2)
 
     with jax.set_mesh(mesh):
-        mixer = jax.eval_shape(lambda: Recurrence(config, Init(jax.random.key(0), rules_for(mesh).spec), final=1.0))
-        x = jax.ShapeDtypeStruct((*POSITIONS.shape, config.width), jnp.float32)
-        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(mixer, x, POSITIONS).compile().as_text()
+        spec = rules_for(mesh).spec
+        mixer = jax.eval_shape(lambda: Recurrence(config, Init(jax.random.key(0), spec), final=1.0))
+        rows = jax.sharding.NamedSharding(mesh, spec("batch"))
+        x = jax.ShapeDtypeStruct((*POSITIONS.shape, config.width), jnp.float32, sharding=rows)
+        positions = jax.ShapeDtypeStruct(POSITIONS.shape, jnp.int32, sharding=rows)
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(mixer, x, positions).compile().as_text()
     collective = r" (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(.*"
     # What XLA calls a collective of each device with itself moves nothing.
-    found = [line for line in re.findall(collective, text) if "{{0},{1}," not in line]
+    return [line for line in re.findall(collective, text) if "{{0},{1}," not in line]
+
+
+def test_the_recurrence_asks_no_device_that_shares_its_channels():
+    """On 8 devices only the projections to and from the model's width do."""
+    found = collectives_of_a_recurrence(MeshConfig(data=1, tensor=8))
     assert found  # linear_out's sums, and those of the gradient with respect to x
     assert all("dot_general" in line for line in found), found
+
+
+def test_gates_are_gathered_once_like_other_kernels():
+    """Where parameters are divided, too: three projections and two gates, before the recurrence and not inside."""
+    found = collectives_of_a_recurrence(MeshConfig(data=1, fsdp=2, tensor=4))
+    gathers = [line for line in found if line.startswith(" all-gather")]
+    assert len(gathers) == 5
+    assert all("/reshard" in line for line in gathers), gathers
+    sums = [line for line in found if line not in gathers]
+    assert all(line.startswith((" all-reduce", " reduce-scatter")) for line in sums), sums

@@ -15,6 +15,7 @@ from configs.schema import Config, ConfigError
 from data import open_data
 from data.dataset import Dataset
 from sharding import hosts
+from sharding.fallbacks import fallbacks
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
@@ -172,7 +173,7 @@ def plan(
         f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
         *([f"teacher     {config.distill.teacher}, {amount(config)}"] if config.distill.teacher else []),
         f"state       {origin(config) if latest is None else f'resume from step {latest}'}",
-        *(f"note        {note}" for note in config.notes()),
+        *(f"note        {note}" for note in [*config.notes(), *fallbacks(abstract, mesh)]),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
 

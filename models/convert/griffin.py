@@ -12,6 +12,10 @@ def _flax_matrix(name: str) -> Row:
     return Row((name,), lambda x: (x.reshape(x.shape[0], -1),))
 
 
+def _gate(name: str) -> Row:
+    return Row((name,), lambda x: (x.reshape(-1, x.shape[1], x.shape[1]),))  # our (L L/G) is their (G L/G L/G)
+
+
 def _flax_linear(name: str) -> dict[str, Row]:
     return {"kernel": _flax_matrix(f"{name}/kernel"), "bias": Row((f"{name}/bias",))}
 
@@ -57,9 +61,9 @@ FLAX = Layout(
             **_below("mixer/linear_out", _flax_linear("recurrent_block/linear_out")),
             "mixer/conv_taps": Row(("recurrent_block/conv_1d/w",)),
             "mixer/conv_bias": Row(("recurrent_block/conv_1d/b",)),
-            "mixer/input_gate/kernel": Row(("recurrent_block/rg_lru/input_gate/w",)),
+            "mixer/input_gate/kernel": _gate("recurrent_block/rg_lru/input_gate/w"),
             "mixer/input_gate/bias": Row(("recurrent_block/rg_lru/input_gate/b",)),
-            "mixer/a_gate/kernel": Row(("recurrent_block/rg_lru/a_gate/w",)),
+            "mixer/a_gate/kernel": _gate("recurrent_block/rg_lru/a_gate/w"),
             "mixer/a_gate/bias": Row(("recurrent_block/rg_lru/a_gate/b",)),
             "mixer/a_param": Row(("recurrent_block/rg_lru/a_param",)),
         },
@@ -100,9 +104,9 @@ HF = Layout(
                 ("temporal_block.conv_1d.weight",), lambda x: (x.T[:, None],), lambda parts: parts[0][:, 0].T
             ),
             "mixer/conv_bias": Row(("temporal_block.conv_1d.bias",)),
-            "mixer/input_gate/kernel": Row(("temporal_block.rg_lru.input_gate_weight",)),
+            "mixer/input_gate/kernel": _gate("temporal_block.rg_lru.input_gate_weight"),
             "mixer/input_gate/bias": Row(("temporal_block.rg_lru.input_gate_bias",)),
-            "mixer/a_gate/kernel": Row(("temporal_block.rg_lru.recurrent_gate_weight",)),
+            "mixer/a_gate/kernel": _gate("temporal_block.rg_lru.recurrent_gate_weight"),
             "mixer/a_gate/bias": Row(("temporal_block.rg_lru.recurrent_gate_bias",)),
             "mixer/a_param": Row(("temporal_block.rg_lru.recurrent_param",)),
         },
