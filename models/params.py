@@ -30,6 +30,14 @@ class Fitted:
         return self.spec(*(None if name in whole else name for name in names))
 
 
+def fitted(spec: Spec, **sizes: int) -> Spec:
+    """The spec for logical axes of these sizes: what the current mesh does not divide evenly is whole in it."""
+    whole = tuple((name, size) for name, size in sizes.items() if size % parts(spec, name))
+    if not whole:
+        return spec
+    return Fitted(spec.spec, spec.whole + whole) if isinstance(spec, Fitted) else Fitted(spec, whole)
+
+
 @dataclass(frozen=True)
 class Init:
     """Makes parameters below one name. Keys fold in names, never positions, so adding a parameter moves no other."""
@@ -46,9 +54,7 @@ class Init:
         return replace(self, num_layers=num_layers)
 
     def fitted(self, **sizes: int) -> "Init":
-        """For a model whose logical axes have these sizes: what the current mesh does not divide evenly is whole."""
-        whole = tuple((name, size) for name, size in sizes.items() if size % parts(self.spec, name))
-        return replace(self, spec=Fitted(self.spec, whole)) if whole else self
+        return replace(self, spec=fitted(self.spec, **sizes))
 
     def param(
         self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser

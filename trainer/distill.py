@@ -17,7 +17,7 @@ from configs.schema import Config, ConfigError, NFNetConfig
 from data.tokenizers import tokenizer_from_file
 from models import FAMILIES
 from models.distillation import Output, log_z_target_and_expected
-from models.params import cast_kernels
+from models.params import cast_kernels, fitted
 from trainer.evaluate import load_model, read_config
 from trainer.run_folder import read_manifest
 from trainer.tasks import Batch, Sums, Task
@@ -44,7 +44,7 @@ def distilled(task: Task, config: Config, manifest: dict) -> Task:
             output(jax.lax.stop_gradient(teacher), batch, "none"),
             batch["targets"],
             key,
-            spec=student.embedding.spec,
+            spec=fitted(student.embedding.spec, embed=teacher.config.width),
             num_tokens=student.embedding.vocab_size,
             samples=distill.samples,
             logits_mib=trainer.logits_mib,
