@@ -31,16 +31,18 @@ def train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         return usage(train)
     name, *rest = argv
-    resolved = resolve(name, rest, {"run": "DIR", "allow": "FIELDS"})
+    resolved = resolve(name, rest, {"run": "DIR", "allow": "FIELDS", "profile": "steps=A:B"})
     run = resolved.options.get("run") or os.path.join("runs", resolved.config.name)
     allow = allowed_fields(resolved.options.get("allow", ""), resolved.config)
     from sharding import hosts
     from trainer.loop import Preempted
     from trainer.loop import train as run_training
+    from trainer.profiling import parse_steps
 
+    profile = parse_steps(resolved.options["profile"], resolved.config) if "profile" in resolved.options else None
     hosts.join()
     try:
-        run_training(resolved.config, run, allow)
+        run_training(resolved.config, run, allow, profile)
     except Preempted as end:
         again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
         raise Preempted(f"{end}; continue with: {again}") from None
@@ -108,6 +110,13 @@ def plan(argv: list[str]) -> int:
     return main(argv)
 
 
+def profile(argv: list[str]) -> int:
+    """what recorded steps were spent on: train ... --profile steps=10:15, then profile RUN"""
+    from launch.profile import main
+
+    return main(argv)
+
+
 def study(argv: list[str]) -> int:
     """train and compare the models of a study: study NAME [--to DIR] [--full] [--section.field VALUE]"""
     from launch.study import main
@@ -142,6 +151,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "logits": logits,
     "import": import_checkpoint,
     "export": export,
+    "profile": profile,
     "study": study,
 }
 

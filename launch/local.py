@@ -22,7 +22,7 @@ OWN = {"on": "WHERE", "processes": "N"}
 def main(argv: list[str]) -> int:
     """The exit code of the run: of several that failed, the one with a cause of its own."""
     name, *rest = argv
-    resolved = resolve(name, rest, OWN | {"run": "DIR", "allow": "FIELDS"})
+    resolved = resolve(name, rest, OWN | {"run": "DIR", "allow": "FIELDS", "profile": "steps=A:B"})
     where, devices = resolved.options.get("on"), resolved.config.mesh.simulated_devices
     if where != "local":
         raise ConfigError(

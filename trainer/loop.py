@@ -23,6 +23,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.metrics import Reporter
+from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.run_folder import RunFolder
 from trainer.step import State
@@ -33,7 +34,9 @@ class Preempted(Exception):
     """The run was told to stop, saved its state and can be resumed."""
 
 
-def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) -> dict[str, float]:
+def train(
+    config: Config, run: str | pathlib.Path, allow: Iterable[str] = (), profile: range | None = None
+) -> dict[str, float]:
     """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation.
 
     Raises ConfigError, DataError, StorageError, NumericsError, each with one sentence for the user, or Preempted
@@ -116,12 +119,19 @@ def train(config: Config, run: str | pathlib.Path, allow: Iterable[str] = ()) ->
         evaluation: dict[str, float] = {}
         pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
         reporter.start_clock()
-        with jax.transfer_guard("disallow"):  # a hidden copy between host and device is an error, not a slow step
+        with (
+            jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
+            StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
+        ):
             for step in range(start + 1, config.trainer.steps + 1):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - asked
-                state, metrics = step_program(state, place(batch), teacher)
+                profiler.before(step, step_program)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    asked = time.perf_counter()
+                    with jax.profiler.TraceAnnotation("input"):
+                        batch = next(batches)
+                    waited = time.perf_counter() - asked
+                    state, metrics = step_program(state, place(batch), teacher)
+                profiler.after(step, metrics)
                 if pending:
                     reporter.train(*read(pending))
                 pending = (step, metrics, waited)
