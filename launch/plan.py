@@ -20,9 +20,12 @@ from sharding.topologies import PRICES_OF, Topology, find_topology
 
 USAGE = """\
 podwright plan NAME --topology T [--slices N] [--price USD] [--json FILE] [--section.field VALUE ...]
+podwright plan NAME --topology T [--slices N] --search [--minutes M] [--best FILE] [--section.field VALUE ...]
 T: a generation and a size, v5e-256 or v6e-16 (chips), v4-32, v5p-128 or tpu7x-128 (TensorCores, two a chip).
---price is USD a chip-hour; --json writes the same figures to a file, too."""
-OPTIONS = {"topology": "T", "slices": "N", "price": "USD", "json": "FILE"}
+--price is USD a chip-hour; --json writes the same figures to a file, too.
+--search tries meshes, recomputation, microbatches and offload for M minutes (10); --best writes the winner for
+train's --config."""
+OPTIONS = {"topology": "T", "slices": "N", "price": "USD", "json": "FILE", "search": "", "minutes": "M", "best": "FILE"}
 DAY = 86400
 
 
@@ -132,8 +135,13 @@ def main(argv: list[str]) -> int:
         raise ConfigError("podwright plan needs the TPUs to plan for, for example --topology v5e-256")
     topology = find_topology(options["topology"], int(number("slices", options.get("slices", "1"), whole=True)))
     price = number("price", options["price"]) if "price" in options else topology.chip.price
-    file = file_for(options["json"]) if "json" in options else None
+    file = file_for("json", options["json"]) if "json" in options else None
+    best = file_for("best", options["best"]) if "best" in options else None
     aot.prepare()
+    if "search" in options:
+        from launch.plan_search import main as search
+
+        return search(resolved.config, topology, number("minutes", options.get("minutes", "10")), best)
     from launch.plan_table import show
 
     plan = make_plan(resolved.config, topology, price)
@@ -160,12 +168,12 @@ def number(option: str, text: str, whole: bool = False) -> float:
     return value
 
 
-def file_for(path: str) -> pathlib.Path:
+def file_for(option: str, path: str) -> pathlib.Path:
     """Said before minutes of compiling, not after."""
     file = pathlib.Path(path).expanduser()
     if not file.parent.is_dir() or file.is_dir():
         raise ConfigError(
-            f"--json {path} can't be written: {'it' if file.is_dir() else file.parent} is {'' if file.is_dir() else 'not '}a folder"
+            f"--{option} {path} can't be written: {'it' if file.is_dir() else file.parent} is {'' if file.is_dir() else 'not '}a folder"
         )
     return file
 

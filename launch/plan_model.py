@@ -1,0 +1,77 @@
+"""What arithmetic says of a candidate of `podwright plan --search`, to choose which are worth compiling: memory and time of a
+device, from widths and link speeds. Rough by design; the compiler has the last word."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from configs.schema import Config, NFNetConfig
+from sharding.topologies import Topology
+
+EFFICIENCY = 0.7  # of the peak, by products and what lies between them
+AGAIN = {"none": 0.0, "dots": 0.04, "layer": 1 / 3}  # forward passes in the backward pass / FLOPs of both
+BESIDE = 0.8  # of communication that runs beside computation, where there is enough of it
+
+
+@dataclass(frozen=True)
+class Predicted:
+    bytes: float  # of HBM, a device
+    seconds: float  # a step
+
+
+def predict(config: Config, topology: Topology, mesh: dict[str, int], parameters: int, flops: float) -> Predicted:
+    """`flops` are the model's, a step; `parameters` their number."""
+    shards = mesh["fsdp"] * mesh["tensor"]
+    micro, trainer = config.trainer.microbatches, config.trainer
+    moments = 0 if config.optimizer.offload else 2
+    state = 4 * parameters * (2 + moments) / shards  # with a gradient
+    copies = 2 * parameters / shards if trainer.compute_dtype == "bfloat16" else 0.0
+    again = max(0.0, AGAIN[trainer.remat] - 0.1 * bool(trainer.save))
+    compute = flops * (1 + again) / (topology.peak * topology.devices * EFFICIENCY)
+    activations, sent = 0.0, 0.0
+    if not isinstance(config.model, NFNetConfig):
+        tokens = config.data.batch_size * config.data.sequence_length  # type: ignore[union-attr]
+        tokens /= micro * mesh["replica"] * mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+        layers = [widths(config.model, kind, mesh["tensor"]) for kind in layer_kinds(config.model)]
+        size = 2 if trainer.compute_dtype == "bfloat16" else 4
+        activations = sum(tokens * size * kept(layer, trainer) for layer in layers)
+        activations += 3 * tokens * size * max(sum(layer.values()) for layer in layers)  # one layer and its gradients
+        activations += 2 * 4 * parameters / mesh["tensor"] / max(len(layers), 1)  # a layer's parameters, gathered twice
+        activations += 3 * trainer.logits_mib * 2**20
+        # Two reductions and gatherings of the residual a layer and pass, over the tensor axis.
+        sent += micro * (mesh["tensor"] > 1) * len(layers) * 8 * tokens * size * config.model.width
+    gathers = 2 + (trainer.remat == "layer")
+    sent += micro * (mesh["fsdp"] > 1) * 2 * parameters / mesh["tensor"] * (gathers + 2)
+    sent += (mesh["data"] > 1) * 8 * parameters / shards
+    links = 2 * topology.chip.link / topology.chip.devices
+    network = sent / links + (mesh["replica"] > 1) * 8 * parameters / shards / (
+        topology.chip.dcn / topology.chip.devices
+    )
+    hidden = min(BESIDE * network, compute)
+    return Predicted(state + copies + activations, compute + network - hidden)
+
+
+def layer_kinds(model: Any) -> list[str]:
+    return [model.pattern[i % len(model.pattern)] for i in range(model.depth)]
+
+
+def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
+    """Elements a token of what a layer makes, by the names of docs/memory.md."""
+    if kind == "rec":
+        mixer = {"rnn_in": 2 * model.rnn_width / tensor, "rnn": model.rnn_width / tensor, "rnn_out": model.width}
+    else:
+        head = getattr(model, "head_dim", 0) or model.width // model.num_heads
+        heads = model.num_heads / (tensor if model.num_heads % tensor == 0 else 1)
+        kv_heads = getattr(model, "num_kv_heads", 1)
+        mixer = {"qkv": (heads + 2 * kv_heads) * head, "context": heads * head, "attn_out": model.width}
+    return {"input": model.width, **mixer, "mlp_up": 2 * model.mlp_width / tensor, "mlp_out": model.width}
+
+
+def kept(layer: dict[str, float], trainer: Any) -> float:
+    """Elements a token that wait for the backward pass."""
+    if trainer.remat == "none":
+        return 2.5 * sum(layer.values())  # with all that lies between the products
+    if trainer.remat == "dots":
+        return sum(layer.values())
+    on_host = 0 if "input" not in trainer.offload else layer["input"]
+    return layer["input"] - on_host + math.fsum(layer.get(name, 0.0) for name in trainer.save)
