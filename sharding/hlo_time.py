@@ -333,12 +333,17 @@ def first_group(attributes: str, devices: int) -> list[int]:
         shape, extents, order = ([int(n) for n in (part or "").split(",") if n] for part in iota.groups())
         ids = np.arange(math.prod(extents)).reshape(extents)
         return (ids.transpose(order) if order else ids).reshape(shape)[0].tolist()
-    # mesh['a'=4,'b'=4] {'b'}: along the named axes
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
-    if mesh and not re.search(r"[:(]", mesh[2]):
+    # mesh['a'=4,'b'=4] {'b'}: along the named axes, of devices that are counted off over the mesh or, with
+    # device_ids=([4,4]T(1,0)), over those extents, transposed
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", attributes
+    )
+    if mesh and not re.search(r"[:(]", mesh[4]):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        along = re.findall(r"'(\w+)'", mesh[2])
-        ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+        extents, order = ([int(n) for n in (part or "").split(",") if n] for part in mesh.group(2, 3))
+        ids = np.arange(math.prod(axes.values())).reshape(extents or -1)
+        ids = (ids.transpose(order) if order else ids).reshape(list(axes.values()))
+        along = re.findall(r"'(\w+)'", mesh[4])
         return ids[tuple(slice(None) if name in along else 0 for name in axes)].reshape(-1).tolist()
     raise ValueError(attributes[:200])
 

@@ -355,6 +355,8 @@ def test_arrays_are_read_with_their_memory():
         ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", [0, 4]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", [0, 4]),
         ("source_target_pairs={{0,3},{3,0}}", [0, 3]),
     ],
 )
