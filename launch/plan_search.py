@@ -1,7 +1,7 @@
 """`podwright plan NAME --topology T --search`: which mesh, recomputation, microbatches and offload make a step fastest.
 
 All that is searched leaves the result of training alone: the batch is the config's. Arithmetic ranks the candidates
-(launch/plan_model.py), the compiler measures the best of them in processes of their own until the time is over.
+(sharding/arithmetic.py), the compiler measures the best of them in processes of their own until the time is over.
 """
 
 import concurrent.futures
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from configs.fields import values_of
 from configs.overrides import override
 from configs.schema import MESH_FIELDS, Config, ConfigError, MeshConfig, NFNetConfig
 from configs.store import to_json
-from launch.plan_model import Predicted, predict
 from sharding import aot
+from sharding.arithmetic import Predicted, meshes, predict, row_parts
 from sharding.topologies import Topology
 
 GIB = 2**30
@@ -158,8 +158,7 @@ def candidates(config: Config, topology: Topology, parameters: int, flops: float
     ):
         values = {f"mesh.{axis}": size for axis, size in mesh.items()} | remat
         values |= {"trainer.microbatches": micro, "optimizer.offload": offload}
-        parts = mesh["replica"] * mesh["data"] * mesh["fsdp"] * micro
-        if config.data.batch_size % parts:
+        if config.data.batch_size % (row_parts(mesh) * micro):
             continue
         try:
             changed = with_values(config, values)
@@ -174,28 +173,6 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     """Raises ConfigError where the config doesn't allow them."""
     words = Candidate(values, Predicted(0, 0)).words
     return override(config, config.name, words, {}).config
-
-
-def meshes(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
-    """Slices are replicas; the devices of a slice are shared by data, fsdp, sequence and tensor."""
-    devices = topology.devices // topology.slices
-    language = not isinstance(config.model, NFNetConfig)
-    for tensor, sequence in itertools.product((1, 2, 4, 8), (1, 2, 4)):
-        if devices % (tensor * sequence) or (not language and tensor * sequence > 1):
-            continue
-        if language and not divides(config, tensor, sequence):
-            continue
-        rest = devices // (tensor * sequence)
-        for data in (n for n in (1, 2, 4, 8, 16, 32, 64) if rest % n == 0):
-            yield {
-                "replica": topology.slices, "data": data, "fsdp": rest // data, "sequence": sequence, "tensor": tensor,
-            }  # fmt: skip
-
-
-def divides(config: Config, tensor: int, sequence: int) -> bool:
-    model: Any = config.model
-    whole = [model.num_heads, model.mlp_width, getattr(model, "rnn_width", tensor)]
-    return all(size % tensor == 0 for size in whole) and config.data.sequence_length % sequence == 0  # type: ignore[union-attr]
 
 
 def remats(config: Config) -> list[dict[str, Any]]:
@@ -217,7 +194,8 @@ def search(
     workers: int,
 ) -> list[Found]:
     """Compiles candidates until the time is over, and returns them: those that fit by their step time, then the others."""
-    deadline, waiting, found = time.monotonic() + seconds, list(options), []
+    deadline, waiting = time.monotonic() + seconds, list(options)
+    found: list[Found] = []
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running: dict[concurrent.futures.Future, Candidate] = {}
         while True:

@@ -8,8 +8,8 @@ import pytest
 
 from configs.overrides import resolve
 from configs.schema import MESH_FIELDS
-from launch.plan_model import predict, widths
 from launch.plan_search import Candidate, candidates, nested, search, told, with_values
+from sharding.arithmetic import predict, widths
 from sharding.topologies import find_topology
 
 V5E = find_topology("v5e-16")

@@ -1,7 +1,9 @@
-"""What arithmetic says of a candidate of `podwright plan --search`, to choose which are worth compiling: memory and time of a
-device, from widths and link speeds. Rough by design; the compiler has the last word."""
+"""What arithmetic says of meshes and configs, to choose which are worth compiling: memory and time of a device, from widths
+and link speeds. Rough by design; the compiler has the last word."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,7 @@ def predict(config: Config, topology: Topology, mesh: dict[str, int], parameters
     activations, sent = 0.0, 0.0
     if not isinstance(config.model, NFNetConfig):
         tokens = config.data.batch_size * config.data.sequence_length  # type: ignore[union-attr]
-        tokens /= micro * mesh["replica"] * mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+        tokens /= micro * row_parts(mesh) * mesh["sequence"]
         layers = [widths(config.model, kind, mesh["tensor"]) for kind in layer_kinds(config.model)]
         size = 2 if trainer.compute_dtype == "bfloat16" else 4
         activations = sum(tokens * size * kept(layer, trainer) for layer in layers)
@@ -49,6 +51,33 @@ def predict(config: Config, topology: Topology, mesh: dict[str, int], parameters
     )
     hidden = min(BESIDE * network, compute)
     return Predicted(state + copies + activations, compute + network - hidden)
+
+
+def meshes(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
+    """Slices are replicas; the devices of a slice are shared by data, fsdp, sequence and tensor."""
+    devices = topology.devices // topology.slices
+    language = not isinstance(config.model, NFNetConfig)
+    for tensor, sequence in itertools.product((1, 2, 4, 8), (1, 2, 4)):
+        if devices % (tensor * sequence) or (not language and tensor * sequence > 1):
+            continue
+        if language and not divides(config, tensor, sequence):
+            continue
+        rest = devices // (tensor * sequence)
+        for data in (n for n in (1, 2, 4, 8, 16, 32, 64) if rest % n == 0):
+            yield {
+                "replica": topology.slices, "data": data, "fsdp": rest // data, "sequence": sequence, "tensor": tensor,
+            }  # fmt: skip
+
+
+def divides(config: Config, tensor: int, sequence: int) -> bool:
+    model: Any = config.model
+    whole = [model.num_heads, model.mlp_width, getattr(model, "rnn_width", tensor)]
+    return all(size % tensor == 0 for size in whole) and config.data.sequence_length % sequence == 0  # type: ignore[union-attr]
+
+
+def row_parts(mesh: dict[str, int]) -> int:
+    """Into how many parts a mesh divides the rows of a batch."""
+    return mesh["replica"] * mesh["data"] * mesh["fsdp"]
 
 
 def layer_kinds(model: Any) -> list[str]:
