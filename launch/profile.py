@@ -137,7 +137,7 @@ def layer_of(instruction: Instruction) -> str:
     """`rec_0/mlp: dot_general, backward`, from the name that jax gave the operation."""
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     if not found:
-        return instruction.opcode
+        return f"outside of layers: {instruction.opcode}"
     plain = re.sub(r"jit\([^()]*\)/?|\b(transpose|jvp|vmap)\(|\)", "", found[1])
     *scopes, operation = plain.split("/")
     scopes = [s for s in scopes if not re.fullmatch(STRUCTURE, s) and "->" not in s]

@@ -89,6 +89,7 @@ class GatedMLP(nnx.Module):
         self.up = Linear(init.scope("up"), (width,), (2, hidden), ("embed", None, "mlp"), up_variance, bias)
         self.down = Linear(init.scope("down"), (hidden,), (width,), ("mlp", "embed"), down_variance, bias)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         u = self.up(x)
         return self.down(jax.nn.gelu(u[:, :, 0]) * u[:, :, 1])
@@ -101,6 +102,7 @@ class Embedding(nnx.Module):
         self.table = init.param("table", (vocab_size + padding_rows, width), ("vocab", "embed"), normal(1 / width))
         self.spec, self.vocab_size, self.padding_rows = init.spec, vocab_size, padding_rows
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """(B T D) in `dtype`, of the float32 table: its gradient is summed in float32."""
         table = reshard(self.table[...], self.spec("vocab", "embed"))  # where it is kept otherwise, see `storage`
@@ -162,13 +164,15 @@ class Stack(nnx.Module):
 
         def group(x, layers):
             for place, kind in enumerate(self.pattern):
-                x = rematted(in_scan=True)(layers[f"{kind}_{place}"], x)
+                with jax.named_scope(f"{kind}_{place}"):
+                    x = rematted(in_scan=True)(layers[f"{kind}_{place}"], x)
             return x, None
 
         if self.num_groups:
             x, _ = lax.scan(group, x, self.groups)
         for place, kind in enumerate(self.pattern[: len(self.tail)]):
-            x = rematted(in_scan=False)(self.tail[f"{kind}_{place}"], x)
+            with jax.named_scope(f"{kind}_{place}"):
+                x = rematted(in_scan=False)(self.tail[f"{kind}_{place}"], x)
         return x
 
     def step(self, x: jax.Array, states: dict, *context) -> tuple[jax.Array, dict]:

@@ -83,6 +83,7 @@ class Attention(nnx.Module):
         self.query_scale = config.query_scale or head**-0.5
         self.soft_cap, self.blocks, self.spec = config.attention_soft_cap, config.attention_blocks, init.spec
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
         return self.out(self_attention(q, k, v, segment_pos, self.left, self.soft_cap, blocks=self.blocks))

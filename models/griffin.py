@@ -85,6 +85,7 @@ class Recurrence(nnx.Module):
         self.a_param = init.param("a_param", (rnn,), ("rnn",), ring)
         self.spec = init.spec
 
+    @jax.named_scope("mixer")
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         y = jax.nn.gelu(self.linear_y(x))
         u = shared_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos, self.spec)
@@ -236,6 +237,7 @@ class LocalAttention(nnx.Module):
         )
         self.window, self.blocks, self.spec = config.window, config.attention_blocks, init.spec
 
+    @jax.named_scope("mixer")
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
         return self.out(self_attention(q, k, v, segment_pos, self.window, blocks=self.blocks))

@@ -312,7 +312,8 @@ class NFNet(nnx.Module):
         for plan, key in zip(plans, keys, strict=False):
             stage, block = plan.name
             run = self.stages[stage][block]
-            x = (jax.checkpoint(run) if remat == "layer" else run)(x, key)
+            with jax.named_scope(f"{stage}/{block}"):
+                x = (jax.checkpoint(run) if remat == "layer" else run)(x, key)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if keys[-1] is not None and config.dropout:

@@ -23,6 +23,7 @@ LANES = 128  # tiles are a multiple of the width of a TPU's registers
 HIDDEN = -1e38  # logit of what no softmax sees: finite, so that the difference of two is 0 and not NaN
 
 
+@jax.named_scope("head")
 def log_z_and_target(
     x: jax.Array,
     table: jax.Array,

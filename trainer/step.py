@@ -52,7 +52,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
     gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
     metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
     return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics
 
