@@ -82,7 +82,7 @@ def build(kinds: Mapping[str, str], values: Mapping[str, Any]) -> Config:
 def format_value(value: Any) -> str:
     """A value as it can be given back in a shell: `rec,rec,attn`, `true`, `'**/*.py'`."""
     if isinstance(value, tuple):
-        return ",".join(str(v) for v in value)
+        return ",".join(str(v) for v in value) or "''"
     if isinstance(value, bool):
         return str(value).lower()
     return shlex.quote(value) if isinstance(value, str) else repr(value)

@@ -139,7 +139,8 @@ def _parse(leaf: Leaf, text: str) -> Any:
     """The value a field is given as text. Raises ConfigError."""
     if typing.get_origin(leaf.hint) is tuple:
         item = typing.get_args(leaf.hint)[0]
-        value: Any = tuple(_parse_one(leaf, item, part.strip()) for part in text.split(","))
+        parts = text.split(",") if text or leaf.field.default != () else []  # no text is no word, where that may be
+        value: Any = tuple(_parse_one(leaf, item, part.strip()) for part in parts)
     else:
         value = _parse_one(leaf, leaf.hint, text)
     leaf.check(value)

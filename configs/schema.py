@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
@@ -56,6 +57,11 @@ class GriffinConfig(Section):
     embedding_scale: bool = setting(False, "multiply embeddings by sqrt(D) (RecurrentGemma)", changes=_MATH)
     logits_soft_cap: float = setting(0.0, "c of c*tanh(logits/c); 0 for none", low=0, changes=_MATH)
     attention_blocks: tuple[int, ...] = attention_blocks()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What of a layer `trainer.save` and `trainer.offload` can name, in the order of computation."""
+        return ("input", *RECURRENCE * ("rec" in self.pattern), *ATTENTION * ("attn" in self.pattern), "mlp_up")
 
     def check(self) -> None:
         check_attention_blocks(self)
@@ -110,6 +116,12 @@ class GemmaConfig(Section):
     def table_rows(self) -> int:
         return self.vocab_size + self.padding_rows
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What of a layer `trainer.save` and `trainer.offload` can name, in the order of computation."""
+        # A gradient asks for the MLP's result only where a norm follows it.
+        return ("input", *ATTENTION, "mlp_up", *("mlp_out",) * self.post_norm)
+
     def check(self) -> None:
         check_attention_blocks(self)
         divides(self, "num_kv_heads", "num_heads")
@@ -144,6 +156,11 @@ class NFNetConfig(Section):
         choices=("max_nvar", "add_var"),
         changes=_MATH,
     )
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What of a block `trainer.save` and `trainer.offload` can name: its input and what its convolutions give."""
+        return ("input", "reduce", "spatial", "expand")
 
     def check(self) -> None:
         if len(self.widths) != len(self.depths):
@@ -274,6 +291,7 @@ class OptimizerConfig(Section):
     )
     clip_norm: float = setting(1.0, "global gradient norm clip; 0 for none", low=0, changes=_MATH)
     adaptive_clip: float = setting(0.0, "adaptive gradient clipping (NFNet: 0.01); 0 for none", low=0, changes=_MATH)
+    offload: bool = setting(False, "keep moments in the host's memory between updates", changes=("recompile",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +386,12 @@ class TrainerConfig(Section):
         low=1,
         changes=("recompile",),
     )
+    save: tuple[str, ...] = setting(
+        (), "tensors of a layer that remat 'layer' keeps on the device (docs/memory.md)", changes=("recompile",)
+    )
+    offload: tuple[str, ...] = setting(
+        (), "tensors of a layer that remat 'layer' keeps in the host's memory", changes=("recompile",)
+    )
     logits_mib: int = setting(
         256, "MiB of logits that a device holds at a time (language models)", low=1, changes=("recompile",)
     )
@@ -426,11 +450,7 @@ class Config:
                 f"{self.data.show('sequence_length')} is not a multiple of {self.mesh.show('sequence')}, the devices "
                 f"that share a sequence"
             )
-        if image and self.trainer.remat == "dots":
-            raise ConfigError(
-                f"{self.trainer.show('remat')} contradicts model.kind={self.model.kind!r}: "
-                f"only language models know it, 'none' and 'layer' are for all"
-            )
+        check_remat(self.model, self.trainer)
         if image and self.trainer.z_loss:
             raise ConfigError(
                 f"{self.trainer.show('z_loss')} contradicts model.kind={self.model.kind!r}: only language models have it, "

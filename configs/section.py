@@ -47,7 +47,7 @@ def check_value(path: str, field: dataclasses.Field, hint: Any, value: Any) -> N
     """Type and range of one field. Raises ConfigError with the field's dotted path."""
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
-        if not isinstance(value, tuple) or not value:
+        if not isinstance(value, tuple) or (not value and field.default != ()):
             raise ConfigError(f"{path}={value!r} is not {type_name(hint)}")
         values, hint = value, item
     else:

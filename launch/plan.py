@@ -16,7 +16,7 @@ from configs.overrides import resolve
 from configs.schema import Config, ConfigError
 from sharding import aot
 from sharding.hlo_time import Estimate, Machine, as_dict, estimate
-from sharding.topologies import PRICES_OF, Topology, find_topology
+from sharding.topologies import HOST_BANDWIDTH, PRICES_OF, Topology, find_topology
 
 USAGE = """\
 podwright plan NAME --topology T [--slices N] [--price USD] [--json FILE] [--section.field VALUE ...]
@@ -35,6 +35,7 @@ class Compiled:
 
     temporaries: int
     outputs: int  # that don't take an argument's place
+    host: int  # temporaries in the host's memory
     program: int
     seconds: float  # of compiling
     estimate: Estimate
@@ -48,9 +49,10 @@ class Plan:
     mesh: dict[str, int]
     notes: list[str]  # on the mesh
     count: int  # of parameters
-    parameters: int  # bytes a device, as the next two
+    parameters: int  # bytes a device, as the next three
     optimizer: int
     batch: int
+    moments_on_host: int  # what of the optimizer's state is not in HBM
     unit: str  # what is counted: tokens or images
     units: int  # a step
     flops: float  # the model's, a step: matrix products of forward and backward pass, without recomputation
@@ -63,6 +65,11 @@ class Plan:
         """Bytes a device; without the compiler, of what is known."""
         c = self.compiled
         return self.parameters + self.optimizer + self.batch + (c.temporaries + c.outputs + c.program if c else 0)
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host's memory a device; without the compiler, of what is known."""
+        return self.moments_on_host + (self.compiled.host if self.compiled else 0)
 
     @property
     def peak_seconds(self) -> float:
@@ -101,6 +108,7 @@ class Plan:
                 "optimizer": self.optimizer,
                 "batch": self.batch,
             },
+            "host_bytes": self.host,
             "model_flops": self.flops,
             "step_seconds_at_peak": self.peak_seconds,
         }
@@ -152,7 +160,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"{plan.config.name} on {topology.name} {plan.too_large}; parameters are {plan.parameters / gib:.2f} GiB, "
             f"optimizer state {plan.optimizer / gib:.2f} GiB: more devices, fewer rows a device (data.batch_size) or "
-            f"trainer.remat='layer' take less"
+            f"trainer.remat='layer' take less, and what is on the host takes none (docs/memory.md)"
         )
     show(plan, "" if "price" in options else f", list price, {PRICES_OF}")
     return 0
@@ -185,6 +193,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     from sharding.fallbacks import fallbacks
     from sharding.mesh import abstract_mesh, make_mesh, slice_notes
     from trainer.loop import check_batch
+    from trainer.offload import HOST
     from trainer.program import bytes_per_device, make_program
     from trainer.tasks import make_task
 
@@ -205,6 +214,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
             parameters=bytes_per_device(program.state.model),
             optimizer=bytes_per_device(program.state.opt_state),
             batch=bytes_per_device(program.batch),
+            moments_on_host=bytes_per_device(program.state.opt_state, HOST),
             unit=task.unit,
             units=task.units_per_step,
             flops=task.flops_per_step,
@@ -223,6 +233,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     compiled = Compiled(
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
         program=memory.generated_code_size_in_bytes,
         seconds=seconds,
         estimate=estimate(executable.as_text(), machine(topology, mesh.devices.flat)),
@@ -240,6 +251,7 @@ def machine(topology: Topology, devices: Any) -> Machine:
         clock=chip.clock,
         link=chip.link / chip.devices,
         dcn=chip.dcn / chip.devices,
+        host=HOST_BANDWIDTH / chip.devices,
         places=tuple((getattr(d, "slice_index", 0), *d.coords) for d in devices),
         torus=chip.torus,
     )

@@ -93,8 +93,9 @@ def main(config: Config, topology: Topology, minutes: float, best: pathlib.Path 
         print(
             "analytic    libtpu is not installed, nothing was compiled: pip install -e '.[tpu]' for more than a guess"
         )
-        for one in [c for c in options if c.predicted.bytes < topology.hbm][:10]:
-            print(f"  {1e3 * one.predicted.seconds:9,.0f} ms  {one.predicted.bytes / GIB:7.2f} GiB   {one.describe()}")
+        for guess in [c for c in options if c.predicted.bytes < topology.hbm][:10]:
+            step, memory = 1e3 * guess.predicted.seconds, guess.predicted.bytes / GIB
+            print(f"  {step:9,.0f} ms  {memory:7.2f} GiB   {guess.describe()}")
         return 0
     workers = max(1, (os.cpu_count() or 1) // 2)
     print(f"compiling   the best by arithmetic for {minutes:g} minutes, {workers} at a time")

@@ -77,6 +77,8 @@ def memory_lines(plan: Plan) -> Iterator[Line]:
         yield f"  {name}", f"{size / GIB:9,.3f} GiB", ""
     if compiled is None:
         yield "  temporaries", "  unknown without the compiler", ""
+    if plan.host:
+        yield "  on the host", f"{plan.host / GIB:9,.3f} GiB", "of the host's memory, not of HBM: what is offloaded"
 
 
 def time_lines(plan: Plan) -> Iterator[Line]:

@@ -15,15 +15,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from models import attention_blocks
 from models.kernels import splash_tpu
+from models.remat import named
 from models.sequence import Axis, first_index, left_halo, through_here
 
 Implementation = Literal["tpu", "xla"]
-CONTEXT = "context"  # what a rematerialisation policy calls the result: to save it saves the forward pass
 
 
 def self_attention(
@@ -106,7 +105,7 @@ def _attend(left: int | None, soft_cap: float, blocks: tuple, implementation: Im
 
 def _attend_forward(left: int | None, soft_cap: float, blocks: tuple, implementation: Implementation | None, *arrays):
     # Called as a whole, it is one operation to a rematerialisation policy, which would otherwise save the products inside.
-    out, normaliser = (checkpoint_name(x, CONTEXT) for x in _attend(left, soft_cap, blocks, implementation, *arrays))
+    out, normaliser = (named(x, "context") for x in _attend(left, soft_cap, blocks, implementation, *arrays))
     return (out, normaliser), (*arrays, out, normaliser)
 
 

@@ -4,7 +4,8 @@ Shapes: B batch, T tokens, D model width, F hidden width, N query heads, K key-v
 Activations are divided along batch, sequence and hidden axes; a kernel's `embed` axis is gathered before it multiplies.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from models.lookup import lookup
 from models.params import Init, normal, zeros
+from models.remat import Remat, named, rematted
 
 MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
 
@@ -91,8 +93,8 @@ class GatedMLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
-        u = self.up(x)
-        return self.down(jax.nn.gelu(u[:, :, 0]) * u[:, :, 1])
+        u = named(self.up(x), "mlp_up")
+        return named(self.down(jax.nn.gelu(u[:, :, 0]) * u[:, :, 1]), "mlp_out")
 
 
 class Embedding(nnx.Module):
@@ -124,6 +126,21 @@ class Embedding(nnx.Module):
         return function(x, self.table[...], targets, **options)
 
 
+def runs(kinds: Sequence[str], together: bool) -> list[list[str]]:
+    """Names of the layers of these kinds, neighbours of one kind together ([rec_0, rec_1], [attn_2]) or each alone."""
+    groups = itertools.groupby(enumerate(kinds), key=lambda layer: layer[1] if together else layer)
+    return [[f"{kind}_{place}" for place, kind in group] for _, group in groups]
+
+
+def stacked(layers: Mapping[str, nnx.Module], runs: list[list[str]], axis: int) -> list[nnx.Module]:
+    """Each run's layers as one, its parameters stacked along `axis`: a copy of what a device stores, in the compute dtype."""
+
+    def join(run: list[str]) -> nnx.Module:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *(layers[name] for name in run))
+
+    return [layers[run[0]] if len(run) == 1 else join(run) for run in runs]
+
+
 class Stack(nnx.Module):
     """Layers of several kinds in a repeated pattern: whole groups stacked and scanned, the remainder unrolled.
 
@@ -144,36 +161,35 @@ class Stack(nnx.Module):
         tail = list(zip(names, pattern, strict=True))[: depth % len(pattern)]
         self.tail = nnx.Dict({name: make(kind, init.scope("tail").scope(name)) for name, kind in tail})
 
-    def __call__(self, x: jax.Array, *context, remat: str = "none") -> jax.Array:
-        """`remat`: what the backward pass recomputes: "none" of a layer, all but its matrix products and attention ("dots"), the "layer"."""
+    def __call__(self, x: jax.Array, *context, remat: Remat = "none") -> jax.Array:
+        """`remat` says what of a layer is kept for the gradient, see models/remat.py.
 
-        def rematted(in_scan: bool) -> Callable:
-            def apply(layer, x):
-                return layer(x, *context)
+        Where whole layers are computed again, neighbours of one kind are a scan of their own inside that of the groups: a
+        layer, not a group, is then what the backward pass has in memory. What such a scan keeps is copied into what the
+        outer one keeps, and cannot come back from the host, so where more is kept than inputs there is none.
+        docs/memory.md has figures.
+        """
+        inner = remat == "layer"
 
-            if remat == "none":
-                return apply
-            policies = jax.checkpoint_policies
-            products = policies.save_from_both_policies(
-                policies.dots_saveable, policies.save_only_these_names("context")
-            )
-            saved = products if remat == "dots" else None
-            # A scan's backward pass is a loop of its own: XLA cannot merge it with the forward pass and need not be kept
-            # from trying, which would cost fusions.
-            return jax.checkpoint(apply, policy=saved, prevent_cse=not in_scan)
+        def apply(layer, x):
+            return layer(named(x, "input"), *context)
 
-        def group(x, layers):
-            for place, kind in enumerate(self.pattern):
-                with jax.named_scope(f"{kind}_{place}"):
-                    x = rematted(in_scan=True)(layers[f"{kind}_{place}"], x)
-            return x, None
+        def through(x, runs: list[list[str]], layers: list, in_scan: bool):
+            for run, layer in zip(runs, layers, strict=True):
+                with jax.named_scope(run[0]):
+                    if len(run) == 1:
+                        x = rematted(apply, remat, in_scan=in_scan)(layer, x)
+                        continue
+                    x, _ = lax.scan(lambda x, one: (rematted(apply, remat, in_scan=True)(one, x), None), x, layer)
+            return x
 
         if self.num_groups:
-            x, _ = lax.scan(group, x, self.groups)
-        for place, kind in enumerate(self.pattern[: len(self.tail)]):
-            with jax.named_scope(f"{kind}_{place}"):
-                x = rematted(in_scan=False)(self.tail[f"{kind}_{place}"], x)
-        return x
+            several = self.num_groups > 1  # XLA unrolls a loop over one group
+            own = runs(self.pattern, together=inner and several)
+            groups = stacked(self.groups, own, axis=1)
+            x, _ = lax.scan(lambda x, group: (through(x, own, group, in_scan=several), None), x, groups)
+        own = runs(self.pattern[: len(self.tail)], together=inner)
+        return through(x, own, stacked(self.tail, own, axis=0), in_scan=False)
 
     def step(self, x: jax.Array, states: dict, *context) -> tuple[jax.Array, dict]:
         """Layers are called as `layer.step(x, its state, *context)` and return x and what they have to remember.

@@ -15,6 +15,7 @@ from models.attention import self_attention
 from models.blocks import GatedMLP, Linear, rms_norm, rope
 from models.language_model import LanguageModel
 from models.params import Init, zeros
+from models.remat import named
 from models.state import KeyValues, ring_attention
 
 
@@ -86,7 +87,8 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
-        return self.out(self_attention(q, k, v, segment_pos, self.left, self.soft_cap, blocks=self.blocks))
+        h = self_attention(q, k, v, segment_pos, self.left, self.soft_cap, blocks=self.blocks)
+        return named(self.out(h), "attn_out")
 
     def step(
         self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]
@@ -97,7 +99,7 @@ class Attention(nnx.Module):
 
     def projected(self, x: jax.Array, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled queries (B T N H), keys and values (B T K H)."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (named(project(x), "qkv") for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         q = rope(q, segment_pos, base=self.base, divisor=self.divisor)

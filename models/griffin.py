@@ -18,6 +18,7 @@ from models.attention import self_attention
 from models.blocks import GatedMLP, Linear, rms_norm, rope
 from models.language_model import LanguageModel
 from models.params import Init, Spec, normal, parts, zeros
+from models.remat import named
 from models.rg_lru import rg_lru_scan, rg_lru_shared
 from models.scan import Implementation
 from models.sequence import left_halo
@@ -87,10 +88,12 @@ class Recurrence(nnx.Module):
 
     @jax.named_scope("mixer")
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
-        y = jax.nn.gelu(self.linear_y(x))
-        u = shared_conv(self.linear_x(x), self.conv_taps[...], self.conv_bias[...], segment_pos, self.spec)
+        y = jax.nn.gelu(named(self.linear_y(x), "rnn_in"))
+        u = shared_conv(
+            named(self.linear_x(x), "rnn_in"), self.conv_taps[...], self.conv_bias[...], segment_pos, self.spec
+        )
         h, _ = rg_lru(u, None, self.input_gate, self.a_gate, self.a_param[...], segment_pos)
-        return self.linear_out(h * y)
+        return named(self.linear_out(h * y), "rnn_out")
 
     def step(
         self, x: jax.Array, state: RecurrenceState, segment_pos: jax.Array, masks: dict[str, jax.Array]
@@ -240,7 +243,7 @@ class LocalAttention(nnx.Module):
     @jax.named_scope("mixer")
     def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
         q, k, v = self.projected(x, segment_pos)
-        return self.out(self_attention(q, k, v, segment_pos, self.window, blocks=self.blocks))
+        return named(self.out(self_attention(q, k, v, segment_pos, self.window, blocks=self.blocks)), "attn_out")
 
     def step(
         self, x: jax.Array, ring: KeyValues, segment_pos: jax.Array, masks: dict[str, jax.Array]
@@ -251,9 +254,10 @@ class LocalAttention(nnx.Module):
 
     def projected(self, x: jax.Array, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled queries (B T N H), keys and values (B T 1 H)."""
-        q = rope(self.q(x), segment_pos, base=1e4, fraction=0.5)
-        k = rope(self.k(x), segment_pos, base=1e4, fraction=0.5)
-        return q * np.asarray(q.shape[-1] ** -0.5, q.dtype), k, self.v(x)
+        q, k, v = (named(project(x), "qkv") for project in (self.q, self.k, self.v))
+        q = rope(q, segment_pos, base=1e4, fraction=0.5)
+        k = rope(k, segment_pos, base=1e4, fraction=0.5)
+        return q * np.asarray(q.shape[-1] ** -0.5, q.dtype), k, v
 
 
 def decays(name: str) -> bool:

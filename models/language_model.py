@@ -13,6 +13,7 @@ from jax.sharding import reshard
 
 from models.blocks import Embedding, Stack, rms_norm
 from models.params import Init, cast_kernels, zeros
+from models.remat import Remat
 from models.state import State, advance, visible
 
 
@@ -40,7 +41,7 @@ class LanguageModel(nnx.Module):
         segment_pos: jax.Array,
         *,
         dtype: jnp.dtype,
-        remat: str = "none",
+        remat: Remat = "none",
         state: State | None = None,
     ) -> jax.Array | tuple[jax.Array, State]:
         """Logits (B T V), float32. tokens and segment_pos (B T); position 0 starts a document, -1 is padding.
@@ -59,7 +60,7 @@ class LanguageModel(nnx.Module):
         segment_pos: jax.Array,
         *,
         dtype: jnp.dtype,
-        remat: str = "none",
+        remat: Remat = "none",
         state: State | None = None,
     ) -> jax.Array | tuple[jax.Array, State]:
         """What the table turns into logits (B T D), in `dtype`; otherwise as the call."""

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from configs.schema import NFNetConfig
 from models.params import Init, Initialiser, normal, ones, truncated_normal, zeros
+from models.remat import Remat, named, rematted
 
 # 1 / std(gelu(z)) for z ~ N(0, 1), so that an activation keeps unit variance (sec. 2); the released code's constant.
 GELU_GAIN = 1.7015043497085571
@@ -258,16 +259,16 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """BHWI -> BHWO. `key` of None: nothing is dropped."""
-        activate = partial(scaled_gelu, approximate=self.config.gelu_approximate)
+        x, activate = named(x, "input"), partial(scaled_gelu, approximate=self.config.gelu_approximate)
         h = activate(x) * self.plan.expected_variance**-0.5
         if self.shortcut is None:
             shortcut = x
         else:  # a projected shortcut starts from the activated, rescaled input, an identity one from the raw input
             shortcut = self.shortcut(halve(h) if self.plan.stride == 2 else h)
-        h = self.reduce(h)
-        h = self.spatial_0(activate(h))
-        h = self.spatial_1(activate(h))
-        h = self.expand(activate(h))
+        h = named(self.reduce(h), "reduce")
+        h = named(self.spatial_0(activate(h)), "spatial")
+        h = named(self.spatial_1(activate(h)), "spatial")
+        h = named(self.expand(activate(h)), "expand")
         h = squeeze_excite(h, *self.squeeze.weights(), *self.excite.weights())
         if key is not None and self.plan.drop_rate:
             h = drop_branches(h, key, self.plan.drop_rate)
@@ -297,11 +298,11 @@ class NFNet(nnx.Module):
         self.head = Dense(init.scope("head"), config.head_width, config.num_classes, head_axes, normal(0.01**2))
 
     def __call__(
-        self, images: jax.Array, *, dtype=jnp.float32, dropout_key: jax.Array | None = None, remat: str = "none"
+        self, images: jax.Array, *, dtype=jnp.float32, dropout_key: jax.Array | None = None, remat: Remat = "none"
     ) -> jax.Array:
         """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped.
 
-        `remat` of "layer" recomputes each block in the backward pass.
+        `remat` of "layer", or of names, recomputes each block in the backward pass.
         """
         config = self.config
         x = images.astype(dtype)
@@ -313,7 +314,7 @@ class NFNet(nnx.Module):
             stage, block = plan.name
             run = self.stages[stage][block]
             with jax.named_scope(f"{stage}/{block}"):
-                x = (jax.checkpoint(run) if remat == "layer" else run)(x, key)
+                x = rematted(run, remat)(x, key)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if keys[-1] is not None and config.dropout:

@@ -11,6 +11,7 @@ from jax import lax
 
 from models.blocks import einsum_float32
 from models.kernels.rg_lru_tpu import rg_lru_backward, rg_lru_forward, saved_states
+from models.remat import named
 from models.scan import Implementation, linear_scan, on_platform
 from models.sequence import Axis, carried_in
 
@@ -89,7 +90,8 @@ def _recomputed(implementation: Implementation | None, *arrays: jax.Array) -> tu
 
 
 def _forward(implementation: Implementation | None, *arrays: jax.Array):
-    h, h_last, states = _values(*arrays, implementation=implementation, save_states=True)
+    # The gradient reads the states, not h, but to keep only one of them would still run the forward pass again.
+    h, h_last, states = (named(x, "rnn") for x in _values(*arrays, implementation=implementation, save_states=True))
     return (h, h_last), (arrays, states)
 
 
@@ -130,8 +132,9 @@ def _shared(axis: Axis, *arrays: jax.Array) -> jax.Array:
 def _shared_forward(axis: Axis, *arrays: jax.Array):
     decay = total_decay(*arrays)
     _, end, _ = _values(*arrays, jnp.zeros_like(decay), implementation=None, save_states=False)
-    arrays = (*arrays, carried_in(decay, end, axis))
-    h, _, states = _values(*arrays, implementation=None, save_states=True)
+    decay, h0 = named(decay, "rnn"), named(carried_in(decay, end, axis), "rnn")
+    arrays = (*arrays, h0)
+    h, _, states = (named(x, "rnn") for x in _values(*arrays, implementation=None, save_states=True))
     return h, (arrays, decay, states)
 
 

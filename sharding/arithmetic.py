@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.schema import Config, NFNetConfig
-from sharding.topologies import Topology
+from sharding.topologies import HOST_BANDWIDTH, Topology
 
 EFFICIENCY = 0.7  # of the peak, by products and what lies between them
 AGAIN = {"none": 0.0, "dots": 0.04, "layer": 1 / 3}  # forward passes in the backward pass / FLOPs of both
@@ -49,6 +49,8 @@ def predict(config: Config, topology: Topology, mesh: dict[str, int], parameters
     network = sent / links + (mesh["replica"] > 1) * 8 * parameters / shards / (
         topology.chip.dcn / topology.chip.devices
     )
+    if config.optimizer.offload:  # moments come and go; the gradient's norm must be known before
+        network += 16 * parameters / shards / (HOST_BANDWIDTH / topology.chip.devices)
     hidden = min(BESIDE * network, compute)
     return Predicted(state + copies + activations, compute + network - hidden)
 

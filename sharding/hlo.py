@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+HOST = 5  # the memory space of the host
 BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
 BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128, "token": 0}
 
@@ -17,7 +18,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
-    space: int = 0  # 0: HBM, 1: VMEM, others: scalar memory, semaphores, the host
+    space: int = 0  # 0: HBM, 1: VMEM, 5: the host's memory, others: scalar memory, semaphores
 
     @property
     def size(self) -> int:

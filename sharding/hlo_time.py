@@ -1,9 +1,9 @@
 """How long a compiled program takes on one device, read off its schedule.
 
 An instruction takes as long as its FLOPs at the chip's peak or its bytes at HBM's bandwidth, whichever is longer; a matrix
-product as long as the compiler's own `estimated_cycles`, which know its tiles. Copies between HBM and VMEM and asynchronous
-collectives run beside what is scheduled between their start and their end, one at a time each; a collective without such a
-window holds everything up. Loops run their trip count.
+product as long as the compiler's own `estimated_cycles`, which know its tiles. Copies between HBM and VMEM, copies to and from
+the host and asynchronous collectives run beside what is scheduled between their start and their end, one at a time each; a
+collective without such a window holds everything up. Loops run their trip count.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sharding.hlo import Computation, Instruction, Module, parse
+from sharding.hlo import HOST, Computation, Instruction, Module, parse
 from sharding.hlo_work import COLLECTIVES, FREE, Work, is_collective
 
-NETWORKS = ("ICI", "DCN")
+NETWORKS = ("ICI", "DCN", "to host", "from host")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Machine:
     clock: float
     link: float  # of an ICI link, one way; of a device's share of it, where a chip has several
     dcn: float
+    host: float  # to the host's memory or from it
     places: tuple[tuple[int, ...], ...]  # slice, then coordinates on the torus, in the order of the mesh
     torus: int = 16  # an axis has links around if its length is a multiple of this
 
@@ -67,7 +68,7 @@ class Estimate:
     compute: float = 0.0  # seconds, with waits for copies from HBM
     roofline: float = 0.0  # seconds of the core alone: every instruction at peak or full bandwidth, nothing waited for
     streaming: float = 0.0  # seconds of HBM alone: all bytes at full bandwidth
-    collectives: dict[tuple[str, str], Traffic] = field(default_factory=dict)  # by kind and "ICI" or "DCN"
+    collectives: dict[tuple[str, str], Traffic] = field(default_factory=dict)  # by kind and network
     unread: dict[str, int] = field(default_factory=dict)  # what was not understood, and how often
 
     @property
@@ -101,7 +102,7 @@ def estimate(text: str, machine: Machine) -> Estimate:
 
 @dataclass(frozen=True)
 class Sending:
-    """A collective's time on its network, which carries one at a time."""
+    """The time of a collective, or of a copy to or from the host, on its network, which carries one at a time."""
 
     begins: float
     ends: float
@@ -113,7 +114,7 @@ class Pending:
     """What runs beside the schedule until it is waited for."""
 
     ends: float
-    key: tuple[str, str] | None  # of a collective; None: a copy
+    key: tuple[str, str] | None  # of a collective or a copy to or from the host; None: a copy between HBM and VMEM
 
 
 @dataclass
@@ -206,6 +207,12 @@ class Schedule:
         given = min(
             (a for a in instruction.arrays if a.dtype == source.dtype and a.shape), key=lambda a: a.size, default=source
         )
+        if any(a.space == HOST for a in instruction.arrays):
+            from_host = source.space == HOST and instruction.opcode != "dynamic-update-slice-start"
+            network = "from host" if from_host else "to host"
+            self.transfer(instruction.name, ("copy", network), given.bytes, given.bytes / self.machine.host)
+            self.total.add(Estimate(bytes=given.bytes, streaming=given.bytes / self.machine.bandwidth), 1)
+            return
         result = next((a for a in instruction.arrays if a.size == given.size and a.space != source.space), given)
         moved = given.bytes * ((source.space == 0) + (result.space == 0))
         seconds = moved / self.machine.bandwidth

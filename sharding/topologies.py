@@ -53,6 +53,9 @@ class Chip:
 SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 PRICES_OF = "2025"
+# Bytes/s between a chip and its host's memory, one way: PCIe 3.0 with 16 lanes less a little, which is what "How to Scale
+# Your Model" (part 2) reckons with for v6e. It is taken for all; newer hosts may have twice that.
+HOST_BANDWIDTH = 15e9
 
 # Peak, HBM, its bandwidth and shapes: docs.cloud.google.com/tpu/docs/{v5p,v6e,tpu7x} (v6e also has v5e's), as stored in
 # 2026; v5e's 819 GB/s and v4: the same documents' earlier pages, for v4 also arXiv 2304.01433.

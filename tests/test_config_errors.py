@@ -76,6 +76,24 @@ COMMAND_LINES = [
         "model.num_heads=64 gives heads of 2 features: rotary embedding of half a head needs a multiple of 4",
     ),
     (
+        "--trainer.remat layer --trainer.save qkv,mlp_pu",
+        "trainer.save=('qkv', 'mlp_pu'): 'mlp_pu' is not a tensor of this griffin's layers, which have input, rnn_in, rnn, "
+        "rnn_out, qkv, context, attn_out, mlp_up, perhaps mlp_up",
+    ),
+    (
+        "--trainer.remat layer --model.pattern rec --trainer.offload qkv",
+        "trainer.offload=('qkv',): 'qkv' is not a tensor of this griffin's layers, which have input, rnn_in, rnn, rnn_out, "
+        "mlp_up",
+    ),
+    (
+        "--trainer.offload qkv",
+        "trainer.offload=('qkv',) contradicts trainer.remat='dots': names say what trainer.remat='layer' keeps",
+    ),
+    (
+        "--trainer.remat layer --trainer.offload qkv --trainer.save qkv",
+        "trainer.offload=('qkv',) contradicts trainer.save=('qkv',): qkv can be kept on the host or on the device, not on both",
+    ),
+    (
         "--mesh.fsdp -1",
         "mesh.fsdp=-1 contradicts mesh.data=-1: only one axis can take the devices that are left",
     ),

@@ -125,7 +125,8 @@ def changed_configs(draw) -> tuple[str, Config, list[str]]:
         elif isinstance(value, float):
             new = draw(st.floats(0, 1e6))
         elif isinstance(value, tuple):
-            new = tuple(draw(st.lists(st.sampled_from(value), min_size=1, max_size=6)))
+            words = value or ("input", "mlp_up")
+            new = tuple(draw(st.lists(st.sampled_from(words), min_size=1 if value else 0, max_size=6)))
         else:
             new = draw(PLAIN if not leaf.field.metadata.get("choices") else st.sampled_from([value]))
         try:  # keep what the schema allows

@@ -8,18 +8,20 @@ import pytest
 from sharding.hlo import arrays_of, parse
 from sharding.hlo_time import Estimate, Machine, as_dict, bytes_sent, estimate, first_group
 from sharding.hlo_work import Work, valid_positions
-from sharding.topologies import find_topology
+from sharding.topologies import HOST_BANDWIDTH, find_topology
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "hlo"
-# Round numbers for made-up programs: 1 TFLOP/s, 1 GB/s of HBM, 1 GHz, 0.1 GB/s a link, four devices in a ring.
-ROUND = Machine(peak=1e12, bandwidth=1e9, clock=1e9, link=1e8, dcn=1e7, places=tuple((0, n) for n in range(4)), torus=4)
+# Round numbers for made-up programs: 1 TFLOP/s, 1 GB/s of HBM, 1 GHz, 0.1 GB/s a link, 1 MB/s to the host, four devices in a ring.
+ROUND = Machine(
+    peak=1e12, bandwidth=1e9, clock=1e9, link=1e8, dcn=1e7, host=1e6, places=tuple((0, n) for n in range(4)), torus=4
+)
 
 
 def machine(product: str, slices: int = 1) -> Machine:
     """Devices in the order of their coordinates."""
     t = find_topology(product, slices)
     places = tuple(itertools.product(range(slices), *map(range, t.shape)))
-    return Machine(t.peak, t.bandwidth, t.chip.clock, t.chip.link, t.chip.dcn, places, t.chip.torus)
+    return Machine(t.peak, t.bandwidth, t.chip.clock, t.chip.link, t.chip.dcn, HOST_BANDWIDTH, places, t.chip.torus)
 
 
 def golden(name: str, product: str, slices: int = 1) -> Estimate:

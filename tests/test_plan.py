@@ -72,7 +72,7 @@ def test_a_state_larger_than_memory_is_seen_without_the_compiler():
 def compiled_plan(**changes) -> Plan:
     """As if the compiler had been there."""
     estimate = golden("mean_over_slices", "v5e-4", 2)
-    compiled = Compiled(2**30, 2**20, 2**21, 61.0, dataclasses.replace(estimate, **changes), "jax 1, libtpu 2")
+    compiled = Compiled(2**30, 2**20, 0, 2**21, 61.0, dataclasses.replace(estimate, **changes), "jax 1, libtpu 2")
     return dataclasses.replace(planned("griffin-400m", "v5e-16"), compiled=compiled)
 
 

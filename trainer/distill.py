@@ -18,6 +18,7 @@ from data.tokenizers import tokenizer_from_file
 from models import FAMILIES
 from models.distillation import Output, log_z_target_and_expected
 from models.params import cast_kernels, fitted
+from models.remat import Remat, remat_of
 from trainer.evaluate import load_model, read_config
 from trainer.run_folder import read_manifest
 from trainer.tasks import Batch, Sums, Task
@@ -33,14 +34,14 @@ def distilled(task: Task, config: Config, manifest: dict) -> Task:
     dtype = jnp.dtype(trainer.compute_dtype)
     assert not isinstance(model, NFNetConfig)
 
-    def output(model: Any, batch: Batch, remat: str) -> Output:
+    def output(model: Any, batch: Batch, remat: Remat) -> Output:
         x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat)
         return Output(x, model.embedding.table[...], model.config.logits_soft_cap)
 
     def loss(model: Any, batch: Batch, key: jax.Array, *, teacher: Any) -> tuple[jax.Array, Sums]:
         student = task.whole(model)
         log_z, target, expected = log_z_target_and_expected(
-            output(student, batch, trainer.remat),
+            output(student, batch, remat_of(trainer)),
             output(jax.lax.stop_gradient(teacher), batch, "none"),
             batch["targets"],
             key,

@@ -23,6 +23,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.metrics import Reporter
+from trainer.offload import check_host_memory, notes
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.run_folder import RunFolder
@@ -51,6 +52,7 @@ def train(
         mesh = make_mesh(config.mesh)
         spec = rules_for(mesh).spec
         check_batch(config, mesh)
+        check_host_memory(config, mesh)
         data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
         check_fits(config, data.manifest)
         folder.check_data(data.manifest, allowed="data" in allow)
@@ -183,7 +185,7 @@ def plan(
         f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
         *([f"teacher     {config.distill.teacher}, {amount(config)}"] if config.distill.teacher else []),
         f"state       {origin(config) if latest is None else f'resume from step {latest}'}",
-        *(f"note        {note}" for note in [*config.notes(), *fallbacks(abstract, mesh)]),
+        *(f"note        {note}" for note in [*config.notes(), *notes(config, mesh), *fallbacks(abstract, mesh)]),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
 

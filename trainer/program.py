@@ -1,6 +1,7 @@
 """The program of a run before anything is allocated: what `train` compiles and runs, and what `plan` compiles for a cluster
 that isn't there."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from configs.schema import Config
 from data.shapes import batch_fields
 from sharding.rules import rules_for
 from trainer.checkpoint import concrete
+from trainer.offload import moments_on_host
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.step import State, init_state, train_step
 from trainer.tasks import Task
@@ -39,6 +41,9 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         config.optimizer, schedule, task.decays, task.clips, task.learns
     )
     init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec)
+    state = concrete(jax.eval_shape(init), mesh)
+    if config.optimizer.offload:
+        state = dataclasses.replace(state, opt_state=moments_on_host(state.opt_state))
     trainer = config.trainer
     step = functools.partial(
         train_step,
@@ -47,16 +52,17 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         schedule=schedule,
         seed=trainer.seed,
         microbatches=trainer.microbatches,
+        offload=config.optimizer.offload,
     )
     rows = NamedSharding(mesh, spec("batch"))
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for name, (shape, dtype) in batch_fields(config.data).items()
     }
-    return Program(init, concrete(jax.eval_shape(init), mesh), batch, jax.jit(step, donate_argnums=0))
+    return Program(init, state, batch, jax.jit(step, donate_argnums=0))
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Of shapes with shardings: what the first device holds."""
-    leaves = jax.tree.leaves(tree)
+def bytes_per_device(tree: Any, memory: str = "device") -> int:
+    """Of shapes with shardings: what the first device holds in memory of this kind."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind or "device") == memory]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

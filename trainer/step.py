@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from models.params import Spec
+from trainer.offload import moments_away, moments_here
 from trainer.tasks import Batch, Task
 
 
@@ -44,18 +45,29 @@ def train_step(
     schedule: optax.Schedule,
     seed: int,
     microbatches: int = 1,
+    offload: bool = False,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars).
 
-    A teacher, if there is one, goes to the loss of a distilled task.
+    A teacher, if there is one, goes to the loss of a distilled task. With `offload` the moments come from the host's
+    memory and go back there.
     """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
     gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
-    with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
-    metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
-    return State(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics
+    norm = optax.tree.norm(gradient)
+
+    @jax.named_scope("optimizer")
+    def update(model, opt_state):
+        updates, opt_state = optimizer.update(gradient, moments_here(opt_state) if offload else opt_state, model)
+        return optax.apply_updates(model, updates), moments_away(opt_state) if offload else opt_state
+
+    if offload:
+        model, opt_state = jax.lax.cond(jnp.isfinite(norm), update, lambda *state: state, state.model, state.opt_state)
+    else:
+        model, opt_state = update(state.model, state.opt_state)
+    metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step)}
+    return State(state.step + 1, model, opt_state), metrics
 
 
 def mean_gradient(

@@ -13,6 +13,7 @@ from jax.sharding import reshard
 from configs.schema import Config, ConfigError, ImageData, NFNetConfig
 from models import FAMILIES
 from models.params import Init, Spec
+from models.remat import remat_of
 from models.token_loss import log_p_and_likeliest, log_z_and_target
 
 Batch = dict[str, jax.Array]
@@ -127,7 +128,7 @@ def image_classification(config: Config) -> Task:
     dtype = jnp.dtype(config.trainer.compute_dtype)
 
     def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=config.trainer.remat)
+        logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=remat_of(config.trainer))
         smooth = data.label_smoothing
         target = cross_entropy(logits, batch["labels"])
         uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
@@ -190,7 +191,7 @@ def token_losses(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, j
     """-log p (nats) of every target and the logarithm of its softmax's sum, (B T) each, in float32 and not yet weighted."""
     assert not isinstance(config.model, NFNetConfig)
     dtype, trainer = jnp.dtype(config.trainer.compute_dtype), config.trainer
-    x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=trainer.remat)
+    x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat_of(trainer))
     log_z, target = model.embedding.without_logits(
         log_z_and_target, x, batch["targets"], config.model.logits_soft_cap, trainer.logits_mib
     )

@@ -1,0 +1,79 @@
+"""On a TPU, what is offloaded leaves HBM for the host, and what is kept takes what docs/memory.md says, by the compiler's
+account: podwright plan, a chip of v5e-4."""
+
+import functools
+import json
+import pathlib
+import sys
+import tempfile
+
+import pytest
+from runs import finish
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
+
+ROWS, T, DEPTH = 4, 2048, 12  # of a chip; bfloat16
+WORDS = "--data.batch_size 16 --data.sequence_length 2048 --trainer.compute_dtype bfloat16 --trainer.remat layer"
+MODELS = {
+    "griffin-tiny": "--model.width 256 --model.rnn_width 256 --model.mlp_width 512 --model.num_heads 2 --model.depth 12",
+    "gemma-tiny": "--model.width 256 --model.mlp_width 512 --model.num_heads 2 --model.num_kv_heads 1 "
+    "--model.head_dim 128 --model.depth 12 --model.window 1024",
+}
+INPUT, UP = DEPTH * ROWS * T * 256 * 2, DEPTH * ROWS * T * 2 * 512 * 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libtpu():
+    pytest.importorskip("libtpu")
+
+
+@functools.cache
+def planned(name: str, words: str = "") -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "plan.json"
+        given = [name, "--topology", "v5e-4", *f"{WORDS} {MODELS[name]} {words}".split(), "--json", str(file)]
+        code, _, error = finish([sys.executable, "-m", "launch", "plan", *given])
+        assert code == 0, error
+        return json.loads(file.read_text())
+
+
+# As `layer`, without the scans inside groups that there are where nothing but inputs is kept.
+INPUTS = "--trainer.save input"
+
+
+def more(name: str, words: str, part: str, than: str = INPUTS) -> int:
+    return planned(name, words)["hbm_bytes"][part] - planned(name, than)["hbm_bytes"][part]
+
+
+def copies(plan: dict) -> dict[str, float]:
+    return {c["network"]: c["bytes"] for c in plan["step"]["collectives"] if c["kind"] == "copy"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_inputs_on_the_host_leave_hbm(name):
+    words = "--trainer.offload input"
+    assert more(name, words, "temporaries") == pytest.approx(-INPUT, rel=0.15)
+    assert planned(name, INPUTS)["host_bytes"] == 0
+    assert planned(name, words)["host_bytes"] == pytest.approx(INPUT, rel=0.02)
+    assert copies(planned(name, words)) == pytest.approx({"to host": INPUT, "from host": INPUT}, rel=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_kept_product_takes_its_size_and_spares_its_flops(name):
+    words = "--trainer.save mlp_up"
+    assert more(name, words, "temporaries") == pytest.approx(UP, rel=0.15)
+    spared = planned(name, INPUTS)["step"]["flops"] - planned(name, words)["step"]["flops"]
+    assert spared == pytest.approx(2 * DEPTH * ROWS * T * 256 * 2 * 512, rel=0.01)
+
+
+def test_scans_inside_groups_take_less():
+    assert more("gemma-tiny", "", "temporaries") < 0
+    assert more("gemma-tiny", "", "program") < 0
+
+
+def test_moments_on_the_host_are_no_arguments_in_hbm():
+    name, words = "griffin-tiny", "--optimizer.offload true"
+    moments = 2 * planned(name)["hbm_bytes"]["parameters"]
+    assert more(name, words, "optimizer", than="") == -moments
+    assert planned(name, words)["host_bytes"] == moments
+    assert copies(planned(name, words)) == pytest.approx({"to host": moments, "from host": moments}, rel=0.01)
