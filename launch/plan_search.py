@@ -218,11 +218,16 @@ def search(
 
 def next_one(waiting: list[Candidate], found: list[Found], capacity: float) -> Candidate | None:
     """The fastest that should fit, predictions corrected by what has been compiled, and that hasn't failed in a smaller form."""
-    ratios = [one.bytes / one.candidate.predicted.bytes for one in found if one.bytes < math.inf]
-    scale = statistics.median(ratios) if ratios else 1.0
     least = min((one.candidate.predicted.bytes for one in found if not one.fits), default=math.inf)
-    room = (c for c in waiting if c.predicted.bytes * scale < SLACK * capacity and c.predicted.bytes < least)
+    room = (c for c in waiting if c.predicted.bytes < least and c.predicted.bytes * scale(c, found) < SLACK * capacity)
     return next(room, None)
+
+
+def scale(candidate: Candidate, found: list[Found]) -> float:
+    """What the compiler needed over what was predicted, of those that keep alike, or of all."""
+    known = [one for one in found if one.bytes < math.inf]
+    alike = [one for one in known if one.candidate.values["trainer.remat"] == candidate.values["trainer.remat"]]
+    return statistics.median([one.bytes / one.candidate.predicted.bytes for one in alike or known] or [1.0])
 
 
 def told(one: Found) -> str:

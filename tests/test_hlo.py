@@ -175,7 +175,7 @@ def test_a_network_carries_one_collective_at_a_time():
 
 
 def test_groups_on_different_slices_use_the_slow_network():
-    two = Machine(1e12, 1e9, 1e9, 1e8, 1e7, places=((0, 0), (0, 1), (1, 0), (1, 1)), torus=4)
+    two = Machine(1e12, 1e9, 1e9, 1e8, 1e7, 1e7, places=((0, 0), (0, 1), (1, 0), (1, 1)), torus=4)
     text = "ENTRY %main (p: f32[]) -> f32[] {\n  %p = f32[250]{0} parameter(0)\n  ROOT %r = f32[250]{0} all-reduce(%p), GROUPS\n}"
     across = estimate(text.replace("GROUPS", "replica_groups={{0,2},{1,3}}"), two)
     assert across.collectives["all-reduce", "DCN"].seconds == pytest.approx(1000 / 1e7)

@@ -13,12 +13,12 @@ from sharding.arithmetic import predict, widths
 from sharding.topologies import find_topology
 
 V5E = find_topology("v5e-16")
-PARAMETERS, FLOPS = 2_614_341_888, 1e16  # Gemma 2 2B
+PARAMETERS, FLOPS = 2_614_341_888, 2.5e15  # Gemma 2 2B
 
 
 @pytest.fixture(scope="module")
 def gemma():
-    return resolve("gemma2-2b", ["--data.batch_size", "64"]).config
+    return resolve("gemma2-2b", ["--data.batch_size", "64", "--data.sequence_length", "2048"]).config
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_slices_are_replicas():
 
 
 def test_images_divide_neither_sequences_nor_heads():
-    found = candidates(resolve("nfnet-f0", ["--data.batch_size", "64"]).config, V5E, PARAMETERS, FLOPS)
+    found = candidates(resolve("nfnet-tiny", ["--data.batch_size", "64"]).config, V5E, PARAMETERS, FLOPS)
     assert {(c.values["mesh.tensor"], c.values["mesh.sequence"]) for c in found} == {(1, 1)}
 
 
@@ -57,7 +57,7 @@ def test_arithmetic_divides_parameters_and_moments_and_counts_what_layers_keep(g
     on_host = predicted(gemma, {"fsdp": 16}, "trainer.remat=layer", "optimizer.offload=true")
     assert layer.bytes - on_host.bytes == pytest.approx(8 * PARAMETERS / 16)
     saved = predicted(gemma, {"fsdp": 16}, "trainer.remat=layer", "trainer.save=context")
-    tokens = 64 * 8192 / 16
+    tokens = 64 * 2048 / 16
     assert saved.bytes - layer.bytes == pytest.approx(26 * tokens * 8 * 256 * 2)  # 8 heads of 256, bfloat16
     assert predicted(gemma, {"fsdp": 16}, "trainer.remat=none").seconds < layer.seconds
 
@@ -86,8 +86,8 @@ def compiler(tried, factor=1.0, failing=()):
 
 def test_the_fastest_that_should_fit_are_compiled_and_ranked(tried):
     compile_one, asked = compiler(tried)
-    found = search(tried[:300], V5E.hbm, 5, compile_one, lambda line: None, workers=1)
-    roomy = [c for c in tried[:300] if c.predicted.bytes < V5E.hbm]
+    found = search(tried, V5E.hbm, 5, compile_one, lambda line: None, workers=1)
+    roomy = [c for c in tried if c.predicted.bytes < V5E.hbm]
     assert found[0].candidate == roomy[0]
     times = [one.plan["step_seconds"] for one in found if one.fits]
     assert times == sorted(times)
@@ -101,14 +101,14 @@ def test_what_the_compiler_says_corrects_the_arithmetic(tried):
     refused = [one for one in found if not one.fits]
     assert any(one.fits for one in found)
     # Once one has failed nothing that should need more is tried, and predictions are three times as large.
-    assert len(refused) < 5
+    assert len(refused) < 10
     assert all(c.predicted.bytes * 3 < 1.1 * V5E.hbm for c in asked[1:])
 
 
 def test_a_compiler_that_dies_is_told_and_the_search_goes_on(tried):
     compile_one, _ = compiler(tried, failing={0})
     said = []
-    found = search(tried[:50], V5E.hbm, 5, compile_one, said.append, workers=1)
+    found = search(tried, V5E.hbm, 5, compile_one, said.append, workers=1)
     assert "the compiler died" in said[0]
     assert not found[-1].fits
     assert "the compiler died" in told(found[-1])
