@@ -56,9 +56,10 @@ def without(argv: Sequence[str], options: dict[str, str]) -> list[str]:
     words, kept = list(argv), []
     while words:
         word = words.pop(0)
-        if word.removeprefix("--").partition("=")[0] not in options:
+        name = word.removeprefix("--").partition("=")[0]
+        if name not in options:
             kept.append(word)
-        elif "=" not in word:
+        elif options[name] and "=" not in word:  # an option without a word for its value is a switch
             words.pop(0)
     return kept
 

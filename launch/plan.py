@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.overrides import resolve
 from configs.schema import Config, ConfigError
+from launch.local import without
 from sharding import aot
 from sharding.hlo_time import Estimate, Machine, as_dict, estimate
 from sharding.topologies import HOST_BANDWIDTH, PRICES_OF, Topology, find_topology
@@ -149,7 +150,8 @@ def main(argv: list[str]) -> int:
     if "search" in options:
         from launch.plan_search import main as search
 
-        return search(resolved.config, topology, number("minutes", options.get("minutes", "10")), best)
+        words = without(rest, OPTIONS)
+        return search(resolved.config, words, topology, number("minutes", options.get("minutes", "10")), best)
     from launch.plan_table import show
 
     plan = make_plan(resolved.config, topology, price)

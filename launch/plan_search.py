@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -80,8 +81,9 @@ class Found:
         return sum(size for part, size in self.plan["hbm_bytes"].items() if part != "capacity")
 
 
-def main(config: Config, topology: Topology, minutes: float, best: pathlib.Path | None) -> int:
-    """Prints what it tries as it goes, then the ranking; writes the winner's fields to `best`."""
+def main(config: Config, given: list[str], topology: Topology, minutes: float, best: pathlib.Path | None) -> int:
+    """Prints what it tries as it goes, then the ranking; writes the winner's fields to `best`. `given` are the words that made
+    the config of its name."""
     from trainer.tasks import make_task
 
     task = make_task(config)
@@ -110,7 +112,7 @@ def main(config: Config, topology: Topology, minutes: float, best: pathlib.Path 
         print(f"{place:3}  {told(one)}")
     if not fit:
         raise ConfigError(f"nothing that was compiled fits {topology.name}: more minutes, or more devices")
-    words = " ".join(fit[0].candidate.words_unlike(config))
+    words = shlex.join([*given, *fit[0].candidate.words_unlike(config)])
     print(f"best        podwright train {config.name} {words}")
     if best:
         best.write_text(json.dumps(nested(fit[0].candidate.values), indent=2) + "\n")
@@ -126,7 +128,7 @@ def number_of_parameters(task: Any) -> int:
 
     mesh = abstract_mesh(MeshConfig(), 1)
     with jax.sharding.use_abstract_mesh(mesh):
-        model = jax.eval_shape(functools.partial(task.init, spec=rules_for(mesh).spec), jax.random.key(0))
+        model = jax.eval_shape(lambda: task.init(jax.random.key(0), rules_for(mesh).spec))
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 

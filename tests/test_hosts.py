@@ -130,8 +130,14 @@ def test_a_job_that_cannot_be_is_refused(words, sentence, capsys):
 
 
 def test_the_launcher_keeps_every_option_but_its_own():
-    words = ["--mesh.data", "2", "--on", "local", "--run=a", "--processes=4", "--trainer.steps", "3"]
-    assert without(words, {"on": "", "processes": ""}) == ["--mesh.data", "2", "--run=a", "--trainer.steps", "3"]
+    words = ["--mesh.data", "2", "--on", "local", "--run=a", "--processes=4", "--quick", "--trainer.steps", "3"]
+    assert without(words, {"on": "WHERE", "processes": "N", "quick": ""}) == [
+        "--mesh.data",
+        "2",
+        "--run=a",
+        "--trainer.steps",
+        "3",
+    ]
 
 
 def test_hosts_that_share_rows_read_the_same_ones():
