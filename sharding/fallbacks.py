@@ -42,9 +42,9 @@ def fallbacks(state: Any, mesh: Mesh | AbstractMesh) -> list[str]:
     found: dict[tuple[str, str], Fallback] = {}
     nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.Param))
     for path, node in nodes:
-        if not isinstance(node, nnx.Param):
-            continue
-        (leaf,) = jax.tree.leaves(node)
+        if not isinstance(node, nnx.Param) or not (leaves := jax.tree.leaves(node)):
+            continue  # parameters that are not trained have no moments
+        (leaf,) = leaves
         entries = [axes_of(entry) for entry in leaf.sharding.spec]
         held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for logical, size, entry in zip(node.axes, leaf.shape, entries, strict=True):

@@ -33,6 +33,10 @@ def join() -> None:
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
+    except RuntimeError as error:
+        # Called by a program that has used jax before. On a pod orbax would miss the connection, and say so.
+        if "must be called before" not in str(error):
+            raise
 
 
 def on_this_machine() -> int:
