@@ -41,7 +41,7 @@ def moments_on_host(abstract: Any) -> Any:
 
 
 def moments_here(opt_state: Any) -> Any:
-    """Inside a program: the arrays in the device's memory. XLA decides when each comes; it drops barriers before it does."""
+    """Inside a program: the arrays in the device's memory."""
     return of_arrays(lambda x: jax.device_put(x, jax.memory.Space.Device), opt_state)
 
 

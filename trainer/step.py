@@ -55,12 +55,21 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
     gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
-    with jax.named_scope("optimizer"):
-        opt_state = moments_here(state.opt_state) if offload else state.opt_state
-        updates, opt_state = optimizer.update(gradient, opt_state, state.model)
-        model = optax.apply_updates(state.model, updates)
-    metrics |= {"grad_norm": optax.tree.norm(gradient), "learning_rate": schedule(state.step)}
-    return State(state.step + 1, model, moments_away(opt_state) if offload else opt_state), metrics
+    norm = optax.tree.norm(gradient)
+
+    @jax.named_scope("optimizer")
+    def update(model, opt_state):
+        updates, opt_state = optimizer.update(gradient, moments_here(opt_state) if offload else opt_state, model)
+        return optax.apply_updates(model, updates), moments_away(opt_state) if offload else opt_state
+
+    if offload:
+        # XLA would fetch the moments at the start of the step, and it drops barriers before it decides. Into a branch whose
+        # condition is the gradient's it cannot look ahead. The other branch is for a gradient after which the run ends.
+        model, opt_state = jax.lax.cond(jnp.isfinite(norm), update, lambda *state: state, state.model, state.opt_state)
+    else:
+        model, opt_state = update(state.model, state.opt_state)
+    metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step)}
+    return State(state.step + 1, model, opt_state), metrics
 
 
 def mean_gradient(
