@@ -1,9 +1,8 @@
 """Which tensors of a layer a config may ask to keep for the backward pass, and the sentences about those it may not."""
 
-import difflib
 from typing import Any
 
-from configs.section import ConfigError
+from configs.section import ConfigError, perhaps
 
 ATTENTION, RECURRENCE = ("qkv", "context", "attn_out"), ("rnn_in", "rnn", "rnn_out")
 
@@ -23,11 +22,9 @@ def check_remat(model: Any, trainer: Any) -> None:
             )
         for name in given:
             if name not in model.tensors:
-                near = difflib.get_close_matches(name.lower(), model.tensors, n=1)
-                perhaps = f", perhaps {near[0]}" if near else ""
                 raise ConfigError(
                     f"{trainer.show(field)}: {name!r} is not a tensor of this {model.kind}'s layers, which have "
-                    f"{', '.join(model.tensors)}{perhaps}"
+                    f"{', '.join(model.tensors)}{perhaps(name.lower(), model.tensors)}"
                 )
     if twice := [name for name in trainer.save if name in trainer.offload]:
         raise ConfigError(

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 EFFECTS = ("recompile", "data", "checkpoint", "result")
@@ -74,9 +75,13 @@ def check_value(path: str, field: dataclasses.Field, hint: Any, value: Any) -> N
             if len(meta["choices"]) == 1:
                 raise ConfigError(f"{path}={v!r} is not allowed: only {meta['choices'][0]} is")
             names = [str(c) for c in meta["choices"]]
-            near = difflib.get_close_matches(str(v), names, n=1)
-            perhaps = f", perhaps {near[0]}" if near else ""
-            raise ConfigError(f"{path}={v!r} is not one of {', '.join(names)}{perhaps}")
+            raise ConfigError(f"{path}={v!r} is not one of {', '.join(names)}{perhaps(str(v), names)}")
+
+
+def perhaps(wrong: str, names: Sequence[str]) -> str:
+    """The end of a sentence that has listed the names: the nearest, if one is near."""
+    near = difflib.get_close_matches(wrong, names, n=1)
+    return f", perhaps {near[0]}" if near else ""
 
 
 class Section:

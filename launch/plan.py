@@ -143,6 +143,12 @@ def main(argv: list[str]) -> int:
     if "topology" not in options:
         raise ConfigError("podwright plan needs the TPUs to plan for, for example --topology v5e-256")
     topology = find_topology(options["topology"], int(number("slices", options.get("slices", "1"), whole=True)))
+    for option in OPTIONS:
+        if option in options and option in (("price", "json") if "search" in options else ("minutes", "best")):
+            raise ConfigError(
+                f"--{option} is of {'one plan, not of' if 'search' in options else 'no use without'} --search"
+            )
+    check_plannable(resolved.config)
     price = number("price", options["price"]) if "price" in options else topology.chip.price
     file = file_for("json", options["json"]) if "json" in options else None
     best = file_for("best", options["best"]) if "best" in options else None
@@ -166,6 +172,11 @@ def main(argv: list[str]) -> int:
         )
     show(plan, "" if "price" in options else f", list price, {PRICES_OF}")
     return 0
+
+
+def check_plannable(config: Config) -> None:
+    if config.distill.teacher:
+        raise ConfigError(f"{config.distill.show('teacher')} can't be planned: only runs without a teacher can")
 
 
 def number(option: str, text: str, whole: bool = False) -> float:
@@ -199,8 +210,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     from trainer.program import bytes_per_device, make_program
     from trainer.tasks import make_task
 
-    if config.distill.teacher:
-        raise ConfigError(f"{config.distill.show('teacher')} can't be planned: only runs without a teacher can")
+    check_plannable(config)
     task = make_task(config)
     devices = aot.topology_devices(topology) if aot.has_libtpu() else None
     mesh: Any = make_mesh(config.mesh, devices) if devices else abstract_mesh(config.mesh, topology.devices)

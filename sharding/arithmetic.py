@@ -92,8 +92,7 @@ def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
         mixer = {"rnn_in": 2 * model.rnn_width / tensor, "rnn": model.rnn_width / tensor, "rnn_out": model.width}
     else:
         head = getattr(model, "head_dim", 0) or model.width // model.num_heads
-        heads = model.num_heads / (tensor if model.num_heads % tensor == 0 else 1)
-        kv_heads = getattr(model, "num_kv_heads", 1)
+        heads, kv_heads = model.num_heads / tensor, getattr(model, "num_kv_heads", 1)
         mixer = {"qkv": (heads + 2 * kv_heads) * head, "context": heads * head, "attn_out": model.width}
     return {"input": model.width, **mixer, "mlp_up": 2 * model.mlp_width / tensor, "mlp_out": model.width}
 
@@ -104,5 +103,4 @@ def kept(layer: dict[str, float], trainer: Any) -> float:
         return 2.5 * sum(layer.values())  # with all that lies between the products
     if trainer.remat == "dots":
         return sum(layer.values())
-    on_host = 0 if "input" not in trainer.offload else layer["input"]
-    return layer["input"] - on_host + math.fsum(layer.get(name, 0.0) for name in trainer.save)
+    return layer["input"] + math.fsum(layer.get(name, 0.0) for name in trainer.save)

@@ -140,7 +140,7 @@ def test_the_launcher_keeps_every_option_but_its_own():
     ]
 
 
-def test_hosts_that_share_rows_read_the_same_ones():
-    """A host has the devices of one process; on 8 devices of this process every row is needed once."""
+def test_a_process_with_all_devices_reads_every_row_once():
+    """Also where several of its devices need the same rows. What several processes read, their losses tell above."""
     for sizes in (MeshConfig(data=8), MeshConfig(data=1, tensor=8), MeshConfig(data=2, fsdp=2, sequence=2)):
         np.testing.assert_array_equal(host_rows(make_mesh(sizes), 16), np.arange(16))

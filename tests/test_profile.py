@@ -109,6 +109,11 @@ def test_a_recorded_run_says_where_its_time_went(tmp_path, capsys):
     words = ("--trainer.steps", "5", "--profile", "steps=3:5", "--trainer.compilation_cache", "")
     code, out, err = finish(train_command("griffin-tiny", run, *words))
     assert code == 0, err
+    code, again, err = finish(
+        train_command("griffin-tiny", run, *words, "--trainer.steps", "6", "--allow", "trainer.steps")
+    )
+    assert code == 0, err
+    assert "no profile: step 3 is behind, the run goes on from step 5" in again
     assert "profile of steps 3 to 4: " in out
     assert main([str(run)]) == 0
     said = capsys.readouterr().out.splitlines()

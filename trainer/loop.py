@@ -125,6 +125,7 @@ def train(
             jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
             StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
         ):
+            profiler.resumed(start)
             for step in range(start + 1, config.trainer.steps + 1):
                 profiler.before(step, step_program)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):

@@ -1,14 +1,16 @@
 """Recording some steps of a run for TensorBoard, XProf and `podwright profile`."""
 
+import contextlib
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from configs.schema import Config, ConfigError
+from trainer.checkpoint import StorageError, reason
 
 FOLDER = "profile"  # of a run; TensorBoard's --logdir
 PROGRAM = "step.hlo.txt"  # beside a trace: the compiled step, which knows the layer of each of its operations
@@ -34,6 +36,11 @@ class StepProfiler:
         self.session = run / FOLDER / "plugins" / "profile" / time.strftime("%Y_%m_%d_%H_%M_%S")
         self.recording = False
 
+    def resumed(self, start: int) -> None:
+        """To be told the step after which the run goes on."""
+        if self.steps and self.steps[0] <= start:
+            self.say(f"no profile: step {self.steps[0]} is behind, the run goes on from step {start}")
+
     def __enter__(self) -> "StepProfiler":
         return self
 
@@ -44,8 +51,9 @@ class StepProfiler:
     def before(self, step: int, program: Any) -> None:
         """`program` is the compiled step."""
         if self.steps and step == self.steps[0]:
-            self.session.mkdir(parents=True)
-            (self.session / PROGRAM).write_text(program.as_text())
+            with self._explained():
+                self.session.mkdir(parents=True)
+                (self.session / PROGRAM).write_text(program.as_text())
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
             options.session_id = self.session.name
@@ -57,7 +65,15 @@ class StepProfiler:
             jax.block_until_ready(results)
             self._stop()
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise StorageError(f"the profile {self.session} could not be written: {reason(error)}") from error
+
     def _stop(self) -> None:
-        jax.profiler.stop_trace()
         self.recording = False
+        with self._explained():
+            jax.profiler.stop_trace()
         self.say(f"profile of steps {self.steps[0]} to {self.steps[-1]}: {self.session}")
