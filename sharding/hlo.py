@@ -111,32 +111,45 @@ class Module:
         for inner in called.instructions:
             yield from self.inside(inner)
 
-    def trip_count(self, loop: Instruction) -> int | None:
-        """How often a while loop runs: N of the `i < N` that its condition asks, with i from 0 in steps of 1, as scans are
-        lowered. None if it asks something else."""
+    def trip_count(self, loop: Instruction, scope: Computation) -> int | None:
+        """How often a while loop, an instruction of `scope`, runs: N less where i begins, of the `i < N` that its condition
+        asks, in steps of 1, as scans are lowered. i begins at 0, or later where the compiler has peeled the first turns off.
+        None if the condition asks something else."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
         condition = self.called(loop, "condition")
         if condition is None:
             return None
-        root, scope = condition.root, condition
+        root, inside = condition.root, condition
         given: dict[str, Instruction] = {}
         inner = self.called(root)
         if root.opcode == "fusion" and inner:
             arguments = condition.operands(root)
             given = {p.name: arguments[n] for n, p in inner.parameters.items() if n < len(arguments)}
-            root, scope = inner.root, inner
+            root, inside = inner.root, inner
         if root.opcode != "compare":
             return None
-        sides = [given.get(o.name, o) for o in scope.operands(root)]
+        sides = [given.get(o.name, o) for o in inside.operands(root)]
         direction = root.attribute("direction")
         if len(sides) == 2 and direction == "GT":
             sides, direction = sides[::-1], "LT"
         if len(sides) != 2 or direction != "LT" or sides[1].opcode != "constant":
             return None
         number = re.match(r"-?\d+", sides[1].attributes)
-        return int(number[0]) if number else None
+        return int(number[0]) - first_turn(sides[0], loop, scope) if number else None
+
+
+def first_turn(counter: Instruction, loop: Instruction, scope: Computation) -> int:
+    """What a loop's counter, a part of its condition's parameter, is before the first turn; 0 if that is not said."""
+    given, place = scope.operands(loop), counter.attribute("index")
+    if not given or given[0].opcode != "tuple" or place is None:
+        return 0
+    value = scope.by_name.get(given[0].operands[int(place)])
+    while value is not None and value.opcode in ("copy", "bitcast"):
+        value = next(iter(scope.operands(value)), None)
+    number = re.match(r"-?\d+", value.attributes) if value is not None and value.opcode == "constant" else None
+    return int(number[0]) if number else 0
 
 
 def parse(text: str) -> Module:

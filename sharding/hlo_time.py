@@ -171,7 +171,7 @@ class Schedule:
             self.compute(instruction)
 
     def loop(self, instruction: Instruction) -> None:
-        body, times = self.module.called(instruction, "body"), self.module.trip_count(instruction)
+        body, times = self.module.called(instruction, "body"), self.module.trip_count(instruction, self.computation)
         if times is None:
             self.note("loops of unknown length, counted once")
         if body is not None:

@@ -206,6 +206,16 @@ def test_a_loop_takes_its_turns_and_an_unknown_number_is_said():
     assert list(unknown.unread.values()) == [1]
 
 
+def test_a_loop_whose_first_turn_was_peeled_off_takes_one_less():
+    peeled = """%one = s32[] constant(1)
+    %begins = s32[] copy(%one)
+    %a = f32[125000]{0} parameter(0)
+    %p = (s32[], f32[125000]{0}) tuple(%begins, %a)
+    ROOT %while = (s32[], f32[125000]{0}) while(%p), condition=%ends, body=%body"""
+    found = made_up(peeled, LOOP, ENDS.replace("DIRECTION", "LT"))
+    assert found.seconds == pytest.approx(23e-3, rel=1e-5)
+
+
 def test_a_loop_hides_a_collective_that_is_under_way():
     around = f"""%p = (s32[], f32[125000]{{0}}) parameter(0)
         %q = f32[25000]{{0}} parameter(1)
