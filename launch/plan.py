@@ -204,7 +204,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
     import jax
 
     from sharding.fallbacks import fallbacks
-    from sharding.mesh import abstract_mesh, make_mesh, slice_notes
+    from sharding.mesh import abstract_mesh, make_mesh, sizes_of, slice_notes
     from trainer.loop import check_batch
     from trainer.offload import HOST
     from trainer.program import bytes_per_device, make_program
@@ -220,8 +220,8 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         plan = Plan(
             config=config,
             topology=topology,
-            mesh=dict(mesh.shape),
-            notes=slice_notes(mesh.shape, topology.slices) + fallbacks(program.state, mesh),
+            mesh=sizes_of(mesh),
+            notes=slice_notes(sizes_of(mesh), topology.slices) + fallbacks(program.state, mesh),
             count=sum(leaf.size for leaf in jax.tree.leaves(program.state.model)),
             parameters=bytes_per_device(program.state.model),
             optimizer=bytes_per_device(program.state.opt_state),

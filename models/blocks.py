@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from models.lookup import lookup
 from models.params import Init, normal, zeros
+from models.projection import Projection, project
 from models.remat import Remat, named, rematted
 
 MASKED = -2.3819763e38  # the reference's finite stand-in for minus infinity
@@ -71,11 +72,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = gathered(self.axes)
-        kernel = reshard(self.kernel[...], self.spec(*axes))
-        ins, outs = "xyz"[: self.num_in], "uvw"[: len(axes) - self.num_in]
-        y = jnp.einsum(
-            f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, out_sharding=self.spec("batch", "seq", *axes[self.num_in :])
-        )
+        y = project(Projection(self.spec, axes[: self.num_in], axes[self.num_in :]), x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
 from models.params import Spec, mesh_axes
+from models.projection import sum_scattered
 
 LANES = 128  # tiles are a multiple of the width of a TPU's registers
 HIDDEN = -1e38  # logit of what no softmax sees: finite, so that the difference of two is 0 and not NaN
@@ -194,7 +195,7 @@ def gradients(
         d_logits = jnp.where(valid[None], d_logits, 0.0).astype(x.dtype)
         d_rows = product_float32("nr,nd->rd", d_logits, x)
         if scatter:
-            d_rows = lax.psum_scatter(d_rows, scatter, scatter_dimension=1, tiled=True)
+            d_rows = sum_scattered(d_rows, scatter, 1)
         before = lax.dynamic_slice_in_dim(d_table, start, len(d_rows))
         d_table = lax.dynamic_update_slice_in_dim(d_table, before + d_rows, start, axis=0)
         return dx + product_float32("nr,rd->nd", d_logits, rows[0]), d_table

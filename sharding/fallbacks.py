@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from models.params import axes_of, path_name
+from sharding.mesh import field_of, sizes_of
 from sharding.rules import rules_for
 
 MIB = 2**20
@@ -50,14 +51,15 @@ def fallbacks(state: Any, mesh: Mesh | AbstractMesh) -> list[str]:
         for logical, size, entry in zip(node.axes, leaf.shape, entries, strict=True):
             asked = axes_of(rules.spec(logical)[0])
             for axis in (axis for axis in asked if axis not in entry and mesh.shape[axis] > 1):
-                fallback = found.setdefault((logical, axis), Fallback())
+                fallback = found.setdefault((logical, field_of(axis)), Fallback())
                 fallback.sizes.add(size)
                 moved = any(axis in other for other in entries)
                 fallback.bytes += 0 if moved else held * (1 - 1 / mesh.shape[axis])
                 where, _, name = path_name(path).partition("/")
                 if where == "model":  # a moment has the same name below the optimizer's
                     (fallback.moved if moved else fallback.copied).add(name.removeprefix("layers/"))
-    return [sentence(logical, axis, mesh.shape[axis], f) for (logical, axis), f in found.items()]
+    sizes = sizes_of(mesh)
+    return [sentence(logical, axis, sizes[axis], f) for (logical, axis), f in found.items()]
 
 
 def sentence(logical: str, axis: str, parts: int, fallback: Fallback) -> str:

@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs.schema import MESH_FIELDS, ConfigError, MeshConfig
 from sharding.hosts import on_this_machine
+from sharding.rules import FSDP
 
 
 def simulate_devices(mesh: MeshConfig) -> None:
@@ -29,17 +31,68 @@ def simulate_devices(mesh: MeshConfig) -> None:
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices (or these) with every axis present, also at size 1, all in Explicit mode.
 
-    The outer axes run across slices. Raises ConfigError if the sizes don't multiply to the number of devices.
+    The outer axes run across slices. `fsdp` is an axis for each ring of the network that its devices are on (fsdp,
+    fsdp_2, ...): XLA reduces and scatters along a ring, but over devices of two it reduces everything everywhere and then
+    cuts, for twice the bytes. Raises ConfigError if the sizes don't multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(mesh, len(devices), devices[0].platform)
     types = (AxisType.Explicit,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), MESH_FIELDS, axis_types=types, devices=devices)
+        whole = jax.make_mesh(tuple(sizes.values()), MESH_FIELDS, axis_types=types, devices=devices)
+        return on_rings(whole.devices)
     outer = across_slices(sizes, slices)
     inner = [size // share for size, share in zip(sizes.values(), outer, strict=True)]
-    return Mesh(create_hybrid_device_mesh(inner, outer, devices), MESH_FIELDS, axis_types=types)
+    return on_rings(create_hybrid_device_mesh(inner, outer, devices))
+
+
+def on_rings(devices: np.ndarray) -> Mesh:
+    """The mesh of devices that are laid out by the config's axes."""
+    place = MESH_FIELDS.index(FSDP)
+    line = [where(device) for device in np.moveaxis(devices, place, -1).reshape(-1, devices.shape[place])[0]]
+    order = sorted(range(len(line)), key=lambda i: line[i])  # of a small slice jax makes one winding ring
+    sizes = rings([line[i] for i in order])
+    shape = (*devices.shape[:place], *sizes, *devices.shape[place + 1 :])
+    names = [f"{FSDP}_{i + 1}" if i else FSDP for i in range(len(sizes))]
+    names = [*MESH_FIELDS[:place], *names, *MESH_FIELDS[place + 1 :]]
+    devices = np.take(devices, order, axis=place).reshape(shape)
+    return Mesh(devices, names, axis_types=(AxisType.Explicit,) * len(shape))
+
+
+def where(device: jax.Device) -> tuple[int, ...]:
+    """A device's coordinates in the network, its slice the first."""
+    coords = getattr(device, "coords", (device.id,))
+    return (getattr(device, "slice_index", 0) or 0, *coords, getattr(device, "core_on_chip", 0))
+
+
+def rings(places: Sequence[tuple[int, ...]]) -> list[int]:
+    """Sizes, the outermost first, of the axes of the network along which these places follow one another."""
+    sizes: list[int] = []
+    while len(places) > 1:
+        lines = [n for n in range(2, len(places) + 1) if len(places) % n == 0 and varying(places[:n]) == 1]
+        line = max(lines, default=len(places))
+        sizes.insert(0, line)
+        places = places[::line]
+    return sizes or [1]
+
+
+def varying(places: Sequence[tuple[int, ...]]) -> int:
+    """How many coordinates differ among these places."""
+    return sum(len(set(values)) > 1 for values in zip(*places, strict=True))
+
+
+def field_of(axis: str) -> str:
+    """The field of the config that an axis of a mesh is of."""
+    return axis.partition("_")[0]
+
+
+def sizes_of(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Sizes of a mesh by the config's fields."""
+    sizes = dict.fromkeys(MESH_FIELDS, 1)
+    for axis, size in mesh.shape.items():
+        sizes[field_of(axis)] *= size
+    return sizes
 
 
 def across_slices(sizes: Mapping[str, int], slices: int) -> list[int]:
@@ -99,5 +152,5 @@ def one_device_mesh() -> Mesh:
 def describe(mesh: Mesh) -> str:
     """For example `8 cpu devices: data 2, fsdp 2, tensor 2`."""
     kind = mesh.devices.flat[0].device_kind
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    axes = ", ".join(f"{axis} {size}" for axis, size in sizes_of(mesh).items() if size > 1)
     return f"{mesh.size} {kind} device{'s' * (mesh.size > 1)}" + (f": {axes}" if axes else "")

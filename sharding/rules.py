@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-BATCH = ("replica", "data", "fsdp")
+FSDP = "fsdp"  # a mesh may have several axes of it: fsdp, fsdp_2, ...
+BATCH = ("replica", "data", FSDP)
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ class Rules:
 
 
 def rules_for(mesh: Mesh | AbstractMesh) -> Rules:
-    """The rules on this mesh. Only where it has devices to share a sequence do they divide it: the models that can't (and
+    """The rules on this mesh, with all its axes of fsdp. Only where it has devices to share a sequence do they divide it: the models that can't (and
     decoding, which has one token to divide) then never see that axis."""
-    return _rules("sequence" if mesh.shape["sequence"] > 1 else None)
+    fsdp = tuple(axis for axis in mesh.axis_names if axis.startswith(FSDP))
+    return _rules("sequence" if mesh.shape["sequence"] > 1 else None, fsdp)
 
 
 @functools.cache
-def _rules(seq: str | None) -> Rules:
+def _rules(seq: str | None, fsdp: tuple[str, ...]) -> Rules:
     """One object a table: models keep its `spec`, and two models are of one structure only if theirs is the same."""
-    return Rules(seq=seq)
+    if len(fsdp) == 1:
+        return Rules(seq=seq)
+    batch, gate_rows = (*BATCH, *fsdp[1:]), ("tensor", *fsdp)
+    return Rules(seq=seq, batch=batch, embed=fsdp, gate_rows=gate_rows, channels_out=fsdp)
 
 
 def logical_axes() -> tuple[str, ...]:

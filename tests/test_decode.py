@@ -268,7 +268,7 @@ def test_gemma_draws_the_argmax_of_the_parallel_forward_pass(gemma, short_chunks
         assert list(np.argmax(logits, axis=-1)[len(prompt) - 1 :][:4]) == list(tokens)
 
 
-def test_local_layers_remember_a_window_and_global_ones_everything():
+def test_local_layers_remember_a_window_and_global_ones_everything(mesh):
     """Bytes of a bfloat16 state of Gemma 3 1B (arXiv 2503.19786): 22 local layers of 511 earlier tokens, 4 global ones."""
     config = GemmaConfig(
         width=1152, depth=26, num_heads=4, num_kv_heads=1, head_dim=256, mlp_width=6912, window=512, vocab_size=262_144

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import operator
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
 from configs.overrides import resolve
-from configs.schema import Config, ConfigError, ImageData, MeshConfig
+from configs.schema import MESH_FIELDS, Config, ConfigError, ImageData, MeshConfig
 from data.shapes import batch_fields
 from models.params import named_leaves
 from sharding.mesh import make_mesh, one_device_mesh
@@ -61,9 +62,14 @@ MESHES = {
     "fsdp 4, tensor 2, 4 microbatches": dict(fsdp=4, tensor=2, microbatches=4),
     "data 2, fsdp 4, 2 microbatches": dict(data=2, fsdp=4, microbatches=2),
     "fsdp 2, sequence 2, tensor 2, 2 microbatches": dict(fsdp=2, sequence=2, tensor=2, microbatches=2),
+    "fsdp 8 on rings of 4 and 2": dict(fsdp=8, rings=(4, 2)),
+    "fsdp 4 on rings of 2 and 2, tensor 2": dict(fsdp=4, tensor=2, rings=(2, 2)),
+    "data 2, fsdp 4 on rings of 2 and 2, 2 microbatches": dict(data=2, fsdp=4, microbatches=2, rings=(2, 2)),
 }
+NO_AXES = ("microbatches", "rings")
 FEW = {
     "griffin": "fsdp 2, sequence 2, tensor 2, 2 microbatches",
+    "recurrentgemma": "fsdp 4 on rings of 2 and 2, tensor 2",
     "gemma 3": "data 2, fsdp 2, tensor 2",
     "griffin, uneven": "fsdp 2, tensor 4",
     "gemma, uneven": "fsdp 8",
@@ -122,9 +128,16 @@ def arrays(tree) -> dict[str, np.ndarray]:
 def loss_and_gradient(family: str, sizes: dict[str, int]) -> dict[str, np.ndarray]:
     """Mean loss, and gradient by parameter; on one device without `sizes`."""
     microbatches = sizes.get("microbatches", 1)
-    axes = {"data": 1} | {axis: size for axis, size in sizes.items() if axis != "microbatches"}
+    axes = {"data": 1} | {axis: size for axis, size in sizes.items() if axis not in NO_AXES}
     config = small(family, MeshConfig(**axes), microbatches)
-    mesh, task = make_mesh(config.mesh) if sizes else one_device_mesh(), make_task(config)
+    rings = sizes.get("rings", (sizes.get("fsdp", 1),))
+
+    def where(device):  # as if on a TPU's torus
+        return np.unravel_index(device.id // axes.get("tensor", 1) % np.prod(rings), rings)
+
+    with mock.patch("sharding.mesh.where", where):
+        mesh, task = make_mesh(config.mesh) if sizes else one_device_mesh(), make_task(config)
+    assert len(mesh.axis_names) == len(MESH_FIELDS) + len(rings) - 1
     spec = rules_for(mesh).spec
     check_batch(config, mesh)
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
@@ -166,7 +179,7 @@ def test_the_grid_has_every_axis_and_pairs_of_them():
     assert len(MESHES) >= 12
     assert {axis for sizes in MESHES.values() for axis in sizes} >= {"replica", "data", "fsdp", "sequence", "tensor"}
     for sizes in MESHES.values():
-        assert np.prod([size for axis, size in sizes.items() if axis != "microbatches"]) == 8
+        assert np.prod([size for axis, size in sizes.items() if axis not in NO_AXES]) == 8
 
 
 @pytest.mark.parametrize("axis", ["sequence", "tensor"])

@@ -1,9 +1,14 @@
 """Products are found by the names that users write, with the sizes that each generation's names count."""
 
+from dataclasses import dataclass
+from unittest import mock
+
+import jax
+import numpy as np
 import pytest
 
 from configs.schema import ConfigError, MeshConfig
-from sharding.mesh import across_slices, axis_sizes, slice_notes
+from sharding.mesh import across_slices, axis_sizes, on_rings, rings, slice_notes, where
 from sharding.topologies import CHIPS, PEAK_FLOPS, find_topology, products
 
 # Name, chips, devices of jax, libtpu's name: Cloud TPU's tables of configurations; v4, v5p and TPU7x count TensorCores.
@@ -84,3 +89,45 @@ def test_slices_divide_the_outermost_axes():
 def test_a_mesh_that_slices_do_not_divide_is_refused():
     with pytest.raises(ConfigError, match=r"no axis divides among 3 slices: set mesh.replica to 3"):
         across_slices(sizes(data=1, fsdp=64), 3)
+
+
+@pytest.mark.parametrize(
+    ("slices", "torus", "expected"),
+    [
+        (1, (4, 4, 1), [4, 4]),
+        (1, (16, 16, 1), [16, 16]),
+        (1, (4, 4, 8), [4, 4, 8]),
+        (1, (2, 2, 1), [2, 2]),
+        (1, (1, 8, 1), [8]),
+        (4, (4, 4, 1), [4, 4, 4]),
+        (1, (1, 1, 1), [1]),
+    ],
+)
+def test_rings_are_the_axes_of_the_torus(slices, torus, expected):
+    places = [(s, *place) for s in range(slices) for place in np.ndindex(*torus)]
+    assert rings(places) == expected
+
+
+def test_a_winding_order_of_devices_is_put_along_the_axes():
+    """jax numbers a 4 x 4 slice along one winding ring; neighbours on an axis of the mesh must be on one of the torus."""
+    winding = [(x, y if x % 2 else 3 - y, 0) for x in range(4) for y in range(4)]
+    devices = np.empty((1, 2, 16, 1, 1), object)
+    for i, place in enumerate(winding):
+        for data in range(2):
+            devices[0, data, i, 0, 0] = Chip((*place[:2], data))
+    with mock.patch("sharding.mesh.Mesh", lambda devices, names, axis_types: (devices, names)):
+        laid_out, names = on_rings(devices)
+    assert names == ["replica", "data", "fsdp", "fsdp_2", "sequence", "tensor"]
+    for data, x, y in np.ndindex(2, 4, 4):
+        assert laid_out[0, data, x, y, 0, 0].coords == (x, y, data)
+
+
+@dataclass(frozen=True)
+class Chip:
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    id: int = 0
+
+
+def test_a_device_without_coordinates_is_where_its_number_says():
+    assert [where(device) for device in jax.devices()[:2]] == [(0, 0, 0), (0, 1, 0)]
