@@ -10,7 +10,9 @@ Line = tuple[str, str, str]  # what it is about (indented: a part of what stands
 LEFT_OUT = (
     "stalls and start-up of instructions, contention and latency of networks, input, evaluation, saving, restarts"
 )
-KNOWN_ERROR = "MFUs come out 10 to 16 % above those published of MaxText for Gemma 2B and 7B on v5e-256 and v5p-128 (docs/pods.md)"
+KNOWN_ERROR = (
+    "a prototype of this estimate put MaxText's own programs 9 to 12 % above what is published of them (docs/pods.md)"
+)
 
 
 def show(plan: Plan, price_of: str) -> None:

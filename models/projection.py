@@ -5,6 +5,7 @@ it is one reduce-scatter an axis of the mesh, half the bytes, and each on a ring
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -42,17 +43,18 @@ class Projection:
         """Of the kernel, divided as `stored`."""
         ins, outs = self.names
         summed = mesh_axes(self.spec, "batch", "seq")
-        scattered, divided = [], []
+        scattered: dict[int, tuple[str, ...]] = {}
+        divided = []
         for place, (entry, own) in enumerate(zip(stored, self.spec(*self.inner, *self.outer), strict=True)):
-            here = [axis for axis in axes_of(entry) if axis in summed]
-            scattered += [(axis, place) for axis in here]
+            here = tuple(axis for axis in axes_of(entry) if axis in summed)
+            scattered |= {place: here} if here else {}
             divided.append((*axes_of(own), *here) or None)
 
         def one(x, dy):
             d = jnp.einsum(f"bt{ins},bt{outs}->{ins}{outs}", x, dy)
-            for axis, place in scattered:
-                d = sum_scattered(d, (axis,), place)
-            rest = tuple(axis for axis in summed if axis not in dict(scattered))
+            for place, axes in scattered.items():
+                d = sum_scattered(d, axes, place)
+            rest = tuple(axis for axis in summed if axis not in itertools.chain(*scattered.values()))
             return lax.psum(d, rest) if rest else d
 
         specs = self.spec("batch", "seq", *self.inner), self.spec("batch", "seq", *self.outer)
@@ -61,10 +63,16 @@ class Projection:
 
 
 def sum_scattered(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    """One device's part along `dimension` of the sum of x over the devices of these mesh axes, one axis after another."""
+    """One device's part along `dimension` of the sum of x over the devices of these mesh axes, one axis after another.
+
+    That dimension first, and none of size 1: otherwise XLA:TPU reduces everything.
+    """
+    x = jnp.moveaxis(x, dimension, 0)
+    others = x.shape[1:]
+    x = x.reshape(x.shape[0], *(size for size in others if size > 1))
     for axis in axes:
-        x = lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
-    return x
+        x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+    return jnp.moveaxis(x.reshape(-1, *others), 0, dimension)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -34,15 +34,28 @@ class Machine:
     torus: int = 16  # an axis has links around if its length is a multiple of this
 
     def links(self, group: Sequence[int]) -> int:
-        """Over how many links a device of this group sends at once: two along each axis of the torus that the group spans, one
-        where it spans a part or there is no link around; 0 if the group is on several slices."""
+        """Over how many links a device of this group sends at once; 0 if the group is on several slices."""
+        axes = self.axes(group)
+        return 0 if axes is None else max(1, sum(links for _, links in axes))
+
+    def axes(self, group: Sequence[int]) -> list[tuple[int, int]] | None:
+        """Of each axis of the torus that the group spans, how many devices and over how many links: two, or one where it spans
+        a part or there is no link around. None if the group is on several slices."""
         places = [self.places[n] for n in group if n < len(self.places)]
         columns = [set(column) for column in zip(*places, strict=True)]
         if not columns or len(columns[0]) > 1:
-            return 0
+            return None
         whole = [len(set(column)) for column in zip(*self.places, strict=True)]
         spans = [(len(c), full) for c, full in zip(columns[1:], whole[1:], strict=True) if len(c) > 1]
-        return max(1, sum(2 if span == full and full % self.torus == 0 else 1 for span, full in spans))
+        return [(span, 2 if span == full and full % self.torus == 0 else 1) for span, full in spans]
+
+    def exchange(self, group: Sequence[int], sent: float) -> float:
+        """Seconds until every device of a group has sent a part of `sent` bytes to each other one, by the shortest ways: along
+        an axis, half of all crosses the middle."""
+        axes = self.axes(group)
+        if axes is None:
+            return sent / self.dcn
+        return max((sent * max(1.0, span / 4) / (links * self.link) for span, links in axes), default=sent / self.link)
 
 
 @dataclass
@@ -232,12 +245,13 @@ class Schedule:
         """A collective alone, or in a fusion: the one that starts it, one that multiplies meanwhile, one that waits for it, or
         one that does all at once."""
         targets = {i.target for i in self.module.inside(instruction)}
-        channel = f"channel {collective.attribute('channel_id')}"
+        # Of a channel there may be several kinds: all collectives of shard_maps have the first.
+        channel = f"{collective.opcode} on channel {collective.attribute('channel_id')}"
         if "AsyncCollectiveStart" in targets:
             self.start(channel, instruction, collective)
         elif "AsyncCollectiveDone" in targets:
             self.wait(channel)
-        elif channel in self.pending:
+        elif channel in self.pending and instruction.opcode == "fusion":
             self.compute(instruction)
         elif instruction.opcode.endswith("-start"):
             self.start(instruction.name, instruction, collective)
@@ -264,13 +278,11 @@ class Schedule:
         if '"emitter":"1D' in collective.attributes:  # one ring through all devices, whatever their torus offers
             links = min(links, 2)
         sent = bytes_sent(kind, local, len(group))
-        hops = (
-            max(1.0, len(group) / 4) if "all-to-all" in kind else 1.0
-        )  # half way round, on average, in both directions
         if kind == "collective-permute":
             links = min(links, 1)
         network, speed = ("ICI", links * self.machine.link) if links else ("DCN", self.machine.dcn)
-        self.transfer(name, (kind, network), sent, sent * hops / speed)
+        seconds = self.machine.exchange(group, sent) if "all-to-all" in kind else sent / speed
+        self.transfer(name, (kind, network), sent, seconds)
 
     def send(self, instruction: Instruction) -> None:
         """To the other slices, through the host; the compiler has reduced within the slice before."""

@@ -390,6 +390,19 @@ def test_links_go_around_where_a_group_fills_a_ring():
     assert machine("v5e-16", 2).links((0, 16)) == 0
 
 
+def test_an_exchange_takes_what_crosses_the_middle_of_its_longest_axis():
+    """Every device sends 1/n of 256 MB to each of n: of an axis of 16, half of its devices send half of all they have across
+    the middle, where a closed axis has two links a row."""
+    sent, link = 256e6, 45e9
+    v5e, v5p = machine("v5e-256"), machine("v5p-128")
+    across = 8 * sent / 2  # of the 16 devices in a row, one way
+    assert v5e.exchange(range(16), sent) == pytest.approx(across / (2 * link))
+    assert v5e.exchange(range(256), sent) == pytest.approx(across / (2 * link))  # all rows at once
+    assert v5e.exchange(range(8), sent) == pytest.approx(4 * sent / 2 / link)  # half a ring is a line
+    assert v5p.exchange(range(64), sent) == pytest.approx(2 * sent / 2 / (2 * v5p.link))
+    assert machine("v5e-16", 2).exchange((0, 16), sent) == sent / machine("v5e-16", 2).dcn
+
+
 def test_a_gather_in_one_ring_uses_two_links_of_a_torus():
     """What libtpu does with all 256 chips of a v5e pod, each of which has four."""
     text = """ENTRY %main (p: f32[]) -> f32[] {

@@ -84,6 +84,19 @@ def test_slices_exchange_gradients_over_the_slow_network(tmp_path):
     assert networks["DCN"] == pytest.approx(4 * (gates + (found["parameters"] - gates) / 16), rel=0.03)
 
 
+def test_gradients_are_scattered_along_both_axes_of_a_slice(tmp_path):
+    """On 4 x 4 chips, where a reduce-scatter over all 16 at once would be an all-reduce of twice the bytes."""
+    sizes = "--model.width 2048 --model.mlp_width 4096 --model.num_heads 8 --model.head_dim 256 --model.depth 6"
+    words = f"{sizes} --mesh.data 1 --mesh.fsdp 16 --data.batch_size 64 --trainer.compute_dtype bfloat16"
+    found, _ = plan(tmp_path, "gemma-tiny", "--topology", "v5e-16", *words.split())
+    sent = {c["kind"]: c["bytes"] for c in found["step"]["collectives"]}
+    table = 256 * 2048  # its gradient is float32, those of the layers' matrices are bfloat16
+    vectors = 6 * (4 * 2048 + 2 * 256) + 2048
+    matrices = found["parameters"] - table - vectors
+    assert sent["reduce-scatter"] == pytest.approx(15 / 16 * (2 * matrices + 4 * table), rel=0.01)
+    assert sent["all-reduce"] < 0.02 * sent["reduce-scatter"]
+
+
 def test_products_of_gemma_2b_are_those_counted_by_hand(tmp_path):
     """One row of 8192 tokens a device, every layer recomputed."""
     found, _ = plan(tmp_path, "gemma-2b", "--topology", "v5e-256")
