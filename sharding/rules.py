@@ -52,8 +52,8 @@ class Rules:
 
 
 def rules_for(mesh: Mesh | AbstractMesh) -> Rules:
-    """The rules on this mesh, with all its axes of fsdp. Only where it has devices to share a sequence do they divide it: the models that can't (and
-    decoding, which has one token to divide) then never see that axis."""
+    """The rules on this mesh, with all its axes of fsdp. Only where it has devices to share a sequence do they divide it: the
+    models that can't (and decoding, which has one token to divide) then never see that axis."""
     fsdp = tuple(axis for axis in mesh.axis_names if axis.startswith(FSDP))
     return _rules("sequence" if mesh.shape["sequence"] > 1 else None, fsdp)
 

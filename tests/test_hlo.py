@@ -403,6 +403,34 @@ def test_an_exchange_takes_what_crosses_the_middle_of_its_longest_axis():
     assert machine("v5e-16", 2).exchange((0, 16), sent) == sent / machine("v5e-16", 2).dcn
 
 
+def test_a_collective_on_the_channel_of_one_under_way_is_another():
+    """All that comes from shard_maps has channel 1; a loss reduces and scatters while it gathers."""
+    text = """%start (p: f32[25000]) -> (f32[100000], f32[25000]) {
+  %p = f32[25000]{0} parameter(0)
+  %g = f32[100000]{0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %c = f32[] custom-call(%g), custom_call_target="AsyncCollectiveStart"
+  ROOT %t = (f32[100000]{0}, f32[25000]{0}) tuple(%g, %p)
+}
+
+%done (q: (f32[100000], f32[25000])) -> f32[100000] {
+  %q = (f32[100000]{0}, f32[25000]{0}) parameter(0)
+  %p.1 = f32[25000]{0} get-tuple-element(%q), index=1
+  %g.1 = f32[100000]{0} all-gather(%p.1), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %d = f32[100000]{0} custom-call(%g.1), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[25000], b: f32[100000]) -> (f32[100000], f32[25000]) {
+  %a = f32[25000]{0} parameter(0)
+  %b = f32[100000]{0} parameter(1)
+  %f = (f32[100000]{0}, f32[25000]{0}) fusion(%a), kind=kCustom, calls=%start
+  %r = f32[25000]{0} reduce-scatter(%b), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %e = f32[100000]{0} fusion(%f), kind=kCustom, calls=%done
+  ROOT %t.1 = (f32[100000]{0}, f32[25000]{0}) tuple(%e, %r)
+}"""
+    sent = {kind: (t.count, t.bytes) for (kind, _), t in estimate(text, machine("v5e-4")).collectives.items()}
+    assert sent == {"all-gather": (1, 3 * 100_000), "reduce-scatter": (1, 3 * 100_000)}
+
+
 def test_a_gather_in_one_ring_uses_two_links_of_a_torus():
     """What libtpu does with all 256 chips of a v5e pod, each of which has four."""
     text = """ENTRY %main (p: f32[]) -> f32[] {

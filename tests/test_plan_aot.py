@@ -78,10 +78,12 @@ def test_slices_exchange_gradients_over_the_slow_network(tmp_path):
     found, _ = plan(tmp_path, "griffin-tiny", "--topology", "v5e-16", "--slices", "2", *words.split())
     assert (found["chips"], found["notes"]) == (32, [])
     networks = {c["network"]: c["bytes"] for c in found["step"]["collectives"]}
-    # Each of 16 devices exchanges its part of the float32 gradients with one device, half of it twice; the gates of four
-    # recurrences are summed whole and divided afterwards.
-    gates = 4 * 2 * 4 * 32**2
-    assert networks["DCN"] == pytest.approx(4 * (gates + (found["parameters"] - gates) / 16), rel=0.03)
+    # Each of 16 devices exchanges its part of the float32 gradients with one device, half of it twice. Vectors have no parts,
+    # and the gates of four recurrences are summed by quarters and divided afterwards.
+    gates, layer, recurrence = 4 * 2 * 4 * 32**2, 3 * 128 + 2 * 384 + 128, (4 + 1 + 2 + 1 + 2) * 128
+    vectors = 6 * layer + 4 * recurrence + 128
+    matrices = found["parameters"] - gates - vectors
+    assert networks["DCN"] == pytest.approx(4 * (vectors + gates / 4 + matrices / 16), rel=0.01)
 
 
 def test_gradients_are_scattered_along_both_axes_of_a_slice(tmp_path):

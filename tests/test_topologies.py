@@ -108,6 +108,11 @@ def test_rings_are_the_axes_of_the_torus(slices, torus, expected):
     assert rings(places) == expected
 
 
+def test_places_on_no_common_axis_are_one_ring():
+    assert rings([(0, 0), (1, 1)]) == [2]
+    assert rings([(0, 0), (0, 1), (1, 1), (1, 2)]) == [2, 2]
+
+
 def test_a_winding_order_of_devices_is_put_along_the_axes():
     """jax numbers a 4 x 4 slice along one winding ring; neighbours on an axis of the mesh must be on one of the torus."""
     winding = [(x, y if x % 2 else 3 - y, 0) for x in range(4) for y in range(4)]
