@@ -1,18 +1,24 @@
 """Several processes that train together, one a host: joining them, agreeing, and what each of them reads."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from sharding.rules import rules_for
 
+PATIENCE = 3600  # seconds that hosts wait for one that prepares data or compiles; one that died ends all much sooner
+
 # How `podwright launch --on local` tells its processes apart.
 ADDRESS, COUNT, INDEX = "PODWRIGHT_COORDINATOR", "PODWRIGHT_PROCESSES", "PODWRIGHT_PROCESS"
+
+meetings = itertools.count()  # each has a number of its own
 
 
 class AnotherHost(Exception):
@@ -49,6 +55,15 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def meet() -> None:
+    """Wait for all hosts, before they run what each of them compiled on its own.
+
+    Collectives between CPUs (gloo) give up on a host that comes more than 30 seconds late, whatever XLA's flags say.
+    """
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=f"podwright-{next(meetings)}", timeout_ms=1000 * PATIENCE)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """A failure inside is every host's: those without one of their own raise AnotherHost instead of waiting for ever."""
@@ -58,6 +73,7 @@ def together() -> Iterator[None]:
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
+        meet()
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
         if failure is None and failed.size:
             raise AnotherHost(f"host {failed[0]} could not go on, and says why")

@@ -3,6 +3,8 @@
 import pathlib
 import re
 import signal
+import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from runs import finish, saved_arrays, signal_at, start, train_command
 
 from configs.schema import MeshConfig
 from launch.local import without
+from sharding import hosts
 from sharding.hosts import host_rows
 from sharding.mesh import make_mesh
 from trainer.run_folder import read_metrics
@@ -96,6 +99,38 @@ def test_a_stopped_job_saves_once_and_goes_on_with_any_number_of_processes(tmp_p
     assert code == 0, err
     assert f"resumed from step {step}" in out
     assert sorted(losses(run)) == list(range(1, step + 3))
+
+
+SLOW_COMPILER = """
+import sys, time
+import jax
+from launch.cli import main
+
+compile = jax.stages.Lowered.compile
+
+def late(*args, **options):
+    time.sleep(35 * jax.process_index())
+    return compile(*args, **options)
+
+jax.stages.Lowered.compile = late
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_hosts_wait_for_one_that_compiles_longer_than_their_collectives_would(tmp_path):
+    """Gloo gives up after 30 seconds; the step and the evaluation are compiled ahead of it."""
+    command = train_command("griffin-tiny", tmp_path / "run", *DEVICES, *STEPS, "--mesh.data", "2", "--mesh.fsdp", "2")
+    command = [command[0], "-c", SLOW_COMPILER, *command[command.index("train") :]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {hosts.ADDRESS: f"127.0.0.1:{free.getsockname()[1]}", hosts.COUNT: "2"}
+    second = start(command, env=told | {hosts.INDEX: "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code, out, err = finish(command, env=told | {hosts.INDEX: "0"})
+    assert code == 0, err
+    assert "done: 3 steps" in out
+    assert second.wait(60) == 0
 
 
 @pytest.mark.multiprocess

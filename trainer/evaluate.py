@@ -22,7 +22,7 @@ Place = Callable[[dict[str, np.ndarray]], Batch]
 
 
 def evaluate(program: Callable, model: Any, data: Dataset, batches: int, task: Task, place: Place) -> dict[str, float]:
-    """Metrics over the first `batches` held-out batches (0: all); `program` is the jitted task.evaluate."""
+    """Metrics over the first `batches` held-out batches (0: all); `program` is task.evaluate, jitted or compiled."""
     sums: dict[str, float] = {}
     for batch in data.held_out_batches(batches or None):
         for name, value in jax.device_get(program(model, place(batch))).items():

@@ -102,11 +102,17 @@ def train(
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
         step_program = program.trace(teacher).lower().compile()
-        eval_program = jax.jit(task.evaluate)
+        hosts.meet()
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
 
+        @functools.cache
+        def eval_program():
+            compiled = jax.jit(task.evaluate).trace(abstract.model, program.batch).lower().compile()
+            hosts.meet()
+            return compiled
+
         def evaluate_now(state: State, step: int) -> dict[str, float]:
-            metrics = evaluate(eval_program, state.model, data, config.eval.batches, task, place)
+            metrics = evaluate(eval_program(), state.model, data, config.eval.batches, task, place)
             reporter.record("eval", step, metrics)
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"step {step}: held-out {told}")
