@@ -75,9 +75,15 @@ def sum_scattered(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Ar
     return jnp.moveaxis(x.reshape(-1, *others), 0, dimension)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(how: Projection, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x (B T in) times the kernel (in out), in x's dtype; what is kept for the gradient is x and the kernel in parts."""
+    if not mesh_axes(how.spec, "embed"):
+        return how.product(x, kernel)  # of which XLA knows the gradient, and on one device fuses it better
+    return _project(how, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(how: Projection, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return how.product(x, kernel)
 
 
@@ -90,4 +96,4 @@ def _backward(how, kept, dy):
     return how.back(dy, kernel), how.gradient(x, dy, jax.typeof(kernel).sharding.spec)
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
