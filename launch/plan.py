@@ -164,11 +164,14 @@ def main(argv: list[str]) -> int:
     if file:
         file.write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
     if plan.too_large:
-        gib = 2**30
+        from launch.plan_search import remedy
+
+        gib, state = 2**30, plan.parameters + plan.optimizer
+        needs = plan.too_large.used + (state / gib if plan.too_large.temporaries_alone else 0)
         raise ConfigError(
             f"{plan.config.name} on {topology.name} {plan.too_large}; parameters are {plan.parameters / gib:.2f} GiB, "
-            f"optimizer state {plan.optimizer / gib:.2f} GiB: more devices, fewer rows a device (data.batch_size) or "
-            f"trainer.remat='layer' take less, and what is on the host takes none (docs/memory.md)"
+            f"optimizer state {plan.optimizer / gib:.2f} GiB: {remedy(plan.config, topology, plan.mesh, needs)} "
+            f"(docs/memory.md; --search compiles what it proposes)"
         )
     show(plan, "" if "price" in options else f", list price, {PRICES_OF}")
     return 0

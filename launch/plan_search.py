@@ -26,8 +26,8 @@ from configs.overrides import override
 from configs.schema import MESH_FIELDS, Config, ConfigError, MeshConfig, NFNetConfig
 from configs.store import to_json
 from sharding import aot
-from sharding.arithmetic import Predicted, meshes, predict, row_parts
-from sharding.topologies import Topology
+from sharding.arithmetic import Predicted, divided_further, meshes, predict, row_parts
+from sharding.topologies import Topology, find_topology, products
 
 GIB = 2**30
 SLACK = 1.1  # predictions over the memory by less are still compiled
@@ -186,6 +186,34 @@ def remats(config: Config) -> list[dict[str, Any]]:
         products = tuple(n for n in config.model.tensors if n not in ("input", "mlp_up"))
         kinds = [("none", ()), ("dots", ()), ("layer", ()), ("layer", named), ("layer", products)]
     return [{"trainer.remat": remat, "trainer.save": save, "trainer.offload": ()} for remat, save in kinds]
+
+
+def remedy(config: Config, topology: Topology, mesh: dict[str, int], needs: float) -> str:
+    """The smallest change that should make a step of `needs` GiB a device fit: of the fastest with fewest fields, or devices.
+
+    The compiler's figure corrects the arithmetic. Nothing here is compiled, and the sentence says so.
+    """
+    from trainer.tasks import make_task
+
+    task = make_task(config)
+    parameters, flops = number_of_parameters(task), task.flops_per_step
+    config = with_values(config, {f"mesh.{axis}": size for axis, size in mesh.items()})  # -1 is no size to compare with
+    now = predict(config, topology, mesh, parameters, flops)
+    room = topology.hbm * now.bytes / (needs * GIB)  # in bytes as predicted
+    fit = [c for c in candidates(config, topology, parameters, flops) if SLACK * c.predicted.bytes < room]
+    if fit:
+        least = min(fit, key=lambda c: (len(c.words_unlike(config)), c.predicted.seconds))
+        words, slower = shlex.join(least.words_unlike(config)), least.predicted.seconds / now.seconds
+        return f"by arithmetic, {words} fits, in {slower:.2f} times the time"
+    generation = topology.name.partition("-")[0]
+    for size in sorted(products(generation)):
+        larger = find_topology(f"{generation}-{size}", topology.slices)
+        grown = divided_further(mesh, larger.devices // topology.devices)
+        if larger.devices <= topology.devices or config.data.batch_size % row_parts(grown):
+            continue
+        if SLACK * predict(config, larger, grown, parameters, flops).bytes < room:
+            return f"by arithmetic, {larger.name} is the smallest that it fits"
+    return "no mesh, recomputation or larger slice that this knows of would do"
 
 
 def search(

@@ -71,6 +71,11 @@ def meshes(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
             }  # fmt: skip
 
 
+def divided_further(mesh: dict[str, int], times: int) -> dict[str, int]:
+    """The mesh of so many times the devices with which parameters are divided further."""
+    return mesh | {"fsdp": mesh["fsdp"] * times}
+
+
 def divides(config: Config, tensor: int, sequence: int) -> bool:
     model: Any = config.model
     whole = [model.num_heads, model.mlp_width, getattr(model, "rnn_width", tensor)]

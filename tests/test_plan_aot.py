@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -121,3 +122,12 @@ def test_what_does_not_fit_is_said_in_one_sentence():
     assert "does not fit: " in error
     assert "GiB too much" in error
     assert error.count("\n") == 1
+
+
+def test_what_is_proposed_to_a_step_that_does_not_fit_fits(tmp_path):
+    words = ("gemma-2b", "--topology", "v5e-64", "--data.batch_size", "64", "--trainer.remat", "none")
+    code, _, error = finish([sys.executable, "-m", "launch", "plan", *words])
+    assert code == 2
+    proposed = re.search(r"GiB too much; .* by arithmetic, (--[^,]*) fits, in", error)
+    assert proposed, error
+    assert plan(tmp_path, *words, *proposed[1].split())[0]["fits"]

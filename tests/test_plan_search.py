@@ -3,12 +3,13 @@ tests/test_plan_aot.py has it."""
 
 import json
 import math
+import re
 
 import pytest
 
 from configs.overrides import resolve
 from configs.schema import MESH_FIELDS
-from launch.plan_search import Candidate, candidates, nested, search, told, with_values
+from launch.plan_search import Candidate, candidates, nested, remedy, search, told, with_values
 from sharding.arithmetic import predict, widths
 from sharding.topologies import find_topology
 
@@ -139,3 +140,31 @@ def test_candidates_are_told_by_what_differs():
     }  # fmt: skip
     said = Candidate(values, None).describe()
     assert said == "fsdp 8, remat layer+context, 2 microbatches, moments on the host"
+
+
+@pytest.mark.parametrize(
+    ("words", "product", "gib", "sentence"),
+    [
+        # Full recomputation of this step is 2.9 GiB by the compiler.
+        (
+            "--trainer.remat none",
+            "v5e-256",
+            31.6,
+            r"by arithmetic, --trainer.remat layer fits, in 1\.\d\d times the time",
+        ),
+        # Activations of 16 rows a device are all but the whole, and microbatches of 4 rows take a quarter.
+        (
+            "--data.batch_size 256",
+            "v5e-16",
+            40,
+            r"by arithmetic, --trainer.microbatches 4 fits, in 1\.0\d times the time",
+        ),
+        # State alone is 2.5e9 parameters of 16 bytes a device: 37 GiB. Eight devices have room for an eighth and a few rows.
+        ("--data.batch_size 8", "v5e-1", 60, r"by arithmetic, v5e-8 is the smallest that it fits"),
+        ("--data.batch_size 1", "v5e-1", 60, r"no mesh, recomputation or larger slice that this knows of would do"),
+    ],
+)
+def test_what_does_not_fit_is_told_the_smallest_change(words, product, gib, sentence):
+    config, topology = resolve("gemma-2b", words.split()).config, find_topology(product)
+    mesh = dict.fromkeys(MESH_FIELDS, 1) | {"fsdp": topology.devices}
+    assert re.fullmatch(sentence, remedy(config, topology, mesh, gib))
