@@ -90,7 +90,8 @@ def test_moments_on_the_host_come_for_the_update_alone():
     name, words = "griffin-tiny", "--optimizer.offload true"
     moments = 2 * planned(name)["hbm_bytes"]["parameters"]
     assert more(name, words, "optimizer", than="") == -moments
-    assert planned(name, words)["host_bytes"] == moments
-    assert copies(planned(name, words)) == pytest.approx({"to host": moments, "from host": moments}, rel=0.01)
+    # Those of gates, 64 features wide here, are padded to the 128 lanes of a register on their way.
+    assert moments <= planned(name, words)["host_bytes"] < 1.06 * moments
+    assert copies(planned(name, words)) == pytest.approx({"to host": moments, "from host": moments}, rel=0.06)
     # Fetched at the start of the step they would be temporaries beside the activations: 1.5 times their size, as measured.
     assert more(name, words, "temporaries", than="") < 0.3 * moments
