@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-slow test-parity lint format types bench clean
+.PHONY: demo test test-slow test-pods test-parity lint format types bench clean
 
 demo: .venv/core
 	$(BIN)/podwright demo
@@ -13,6 +13,10 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
+
+# One pod config a day, compiled for its TPUs.
+test-pods: .venv/tpu
+	$(BIN)/python -m pytest tests/test_pods_aot.py -m "not slow"
 
 test-parity: .venv/parity
 	$(BIN)/python -m pytest -m parity
@@ -52,6 +56,10 @@ INSTALL = $(if $(UV),uv pip install --quiet --python $(BIN)/python,$(BIN)/python
 .venv/test: pyproject.toml .venv/pyvenv.cfg
 	$(INSTALL) -e '.[test]'
 	@touch $@ .venv/core
+
+.venv/tpu: pyproject.toml .venv/pyvenv.cfg
+	$(INSTALL) -e '.[test,tpu]'
+	@touch $@ .venv/test .venv/core
 
 .venv/parity: pyproject.toml .venv/pyvenv.cfg
 	$(INSTALL) -e '.[test,parity,eval]'
