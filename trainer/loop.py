@@ -102,8 +102,8 @@ def train(
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
         step_program = program.trace(teacher).lower().compile()
-        hosts.meet()
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
+        hosts.meet()
 
         @functools.cache
         def eval_program():
