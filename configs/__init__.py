@@ -19,6 +19,7 @@ TINY: dict[str, Callable[[], Config]] = {
 EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **TINY,
     "nfnet-tiny": nfnet.tiny,
+    **nfnet.PUBLISHED,
     **griffin.PAPER,
     **RELEASED,
     **{f"{name}-chat": chat.chat(experiment) for name, experiment in {**TINY, **RELEASED}.items()},

@@ -266,6 +266,9 @@ class ImageData(Section):
     source: str = setting(
         "digits", "scikit-learn's handwritten digits (1,797 of 8 by 8)", choices=("digits",), changes=_DATA
     )
+    channels: int = setting(
+        1, "of an image: 3 makes three equal ones of grey ones", choices=(1, 3), changes=(*_DATA, "recompile")
+    )
     image_size: int = setting(16, "pixels a side after resizing", low=8, changes=(*_DATA, "recompile"))
     batch_size: int = setting(64, "images a step, over all devices", low=1, changes=(*_DATA, "recompile"))
     held_out: float = setting(0.2, "share of images kept for evaluation", above=0, below=1, changes=_DATA)

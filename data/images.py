@@ -21,16 +21,17 @@ class Images:
     pixels: np.ndarray  # uint8 [n, h, w], 0 to 16
     labels: np.ndarray  # int32 [n]
     size: int  # H = W after resizing
+    channels: int  # C, all alike
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: np.ndarray) -> Batch:
-        """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, 1] from -1 (paper) to 1 (ink), labels
+        """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, C] from -1 (paper) to 1 (ink), labels
         int32 [B], weights float32 [B]."""
-        scaled = self.pixels[indices] / 8.0 - 1.0
+        grey = resized(self.pixels[indices] / 8.0 - 1.0, self.size).astype(np.float32)
         return {
-            "images": resized(scaled, self.size).astype(np.float32)[..., None],
+            "images": np.repeat(grey[..., None], self.channels, axis=-1),
             "labels": self.labels[indices],
             "weights": np.ones(len(indices), np.float32),
         }
@@ -56,14 +57,14 @@ def open_images(config: ImageData) -> Dataset:
             f"{config.source} has {len(labels)} images, but data.held_out={config.held_out:g} leaves "
             f"{int(held_out.sum())} of them held out and {int((~held_out).sum())} for training: both need one"
         )
-    train, rest = (Images(pixels[part], labels[part], config.image_size) for part in (~held_out, held_out))
+    train, rest = (Images(pixels[part], labels[part], config.image_size, config.channels) for part in (~held_out, held_out))
     content = {
         "kind": config.kind,
         "format": FORMAT,
         "order": ALGORITHM,
         "source": config.source,
         "image_size": config.image_size,
-        "needs": {"num_classes": int(labels.max()) + 1, "channels": 1},
+        "needs": {"num_classes": int(labels.max()) + 1, "channels": config.channels},
         "batch_size": config.batch_size,
         "sha256": {
             "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),

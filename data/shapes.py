@@ -13,7 +13,7 @@ def batch_fields(config: DataConfig) -> dict[str, Field]:
     if isinstance(config, ImageData):
         size = config.image_size
         return {
-            "images": ((rows, size, size, 1), np.float32),
+            "images": ((rows, size, size, config.channels), np.float32),
             "labels": ((rows,), np.int32),
             "weights": ((rows,), np.float32),
         }

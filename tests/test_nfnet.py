@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from configs import EXPERIMENTS
 from configs.schema import MeshConfig, NFNetConfig
 from models import nfnet
 from models.nfnet import NFNet, plan_blocks, train_flops
@@ -241,39 +242,44 @@ def test_reference_notices_wrong_setting(one_device, field, wrong):
     assert abs(evaluate(model, IMAGES) - reference(model, TINY)).max() > 100 * TOLERANCE
 
 
-def imagenet(depth: int, plus: bool) -> NFNetConfig:
-    """F0 to F7 (depth 1 to 8) and the wider "+" variants, from the paper's table 1 and the released code."""
-    return NFNetConfig(
-        num_classes=1000,
-        channels=3,
-        stem_widths=(16, 32, 64, 192 if plus else 128),
-        widths=(384, 768, 2048, 2048) if plus else (256, 512, 1536, 1536),
-        depths=(depth, 2 * depth, 6 * depth, 3 * depth),
-        group_width=128,
-        head_width=4096 if plus else 3072,
-    )
-
-
+# Parameters, and multiply-adds of one image (in units of 1e9) at so many pixels: the paper's table 1, and the released code.
 @pytest.mark.parametrize(
-    ("depth", "plus", "parameters", "pixels", "giga_macs"),
+    ("name", "parameters", "pixels", "giga_macs"),
     [
-        (1, False, 71_489_284, 256, 12.38),
-        (2, False, 132_634_256, 320, 35.54),
-        (8, False, 499_504_088, 608, 478.78),
-        (1, True, 118_824_516, 224, 14.96),
-        (4, True, 423_421_992, 416, 177.99),
+        ("nfnet-f0", 71_489_284, 256, 12.38),
+        ("nfnet-f1", 132_634_256, 320, 35.54),
+        ("nfnet-f2", 193_779_228, 352, 62.59),
+        ("nfnet-f3", 254_924_200, 416, 114.76),
+        ("nfnet-f4", 316_069_172, 512, 215.24),
+        ("nfnet-f5", 377_214_144, 544, 289.76),
+        ("nfnet-f6", 438_359_116, 576, 377.28),
+        ("nfnet-f7", 499_504_088, 608, 478.78),
+        ("nfnet-f0+", 118_824_516, 224, 14.96),
+        ("nfnet-f1+", 220_357_008, 320, 55.45),
+        ("nfnet-f3+", 423_421_992, 416, 177.99),
+        ("nfnet-f4+", 524_954_484, 512, 333.39),
+        ("nfnet-f7+", 829_551_960, 608, 740.16),
     ],
 )
-def test_size_and_flops_are_the_published_ones(one_device, depth, plus, parameters, pixels, giga_macs):
-    config = imagenet(depth, plus)
-    leaves = named_leaves(abstract(config))
+def test_size_and_flops_are_the_published_ones(one_device, name, parameters, pixels, giga_macs):
+    model = EXPERIMENTS[name]().model
+    leaves = named_leaves(abstract(model))
     assert sum(leaf.size for leaf in leaves.values()) == parameters
-    assert round(train_flops(config, pixels) / 6e9, 2) == giga_macs
+    assert round(train_flops(model, pixels) / 6e9, 2) == giga_macs
+
+
+def test_the_recipe_is_the_published_one():
+    """Batch 4096 and learning rate 1.6 for 360 epochs of ImageNet, 5 of them warm-up: section 4.1."""
+    config = EXPERIMENTS["nfnet-f3"]()
+    optimizer = config.optimizer
+    assert (config.data.batch_size, config.data.image_size, config.data.channels) == (4096, 320, 3)
+    assert (optimizer.learning_rate, optimizer.warmup_steps, config.trainer.steps) == (1.6, 1563, 112_602)
+    assert (config.model.dropout, config.model.stochastic_depth) == (0.4, 0.25)
 
 
 def test_expected_variances_of_f0_are_the_released_models():
     squares = [1.0, 1.04, 1.04, 1.08, 1.04, 1.08, 1.12, 1.16, 1.20, 1.24, 1.04, 1.08]
-    np.testing.assert_allclose([plan.expected_variance for plan in plan_blocks(imagenet(1, False))], squares)
+    np.testing.assert_allclose([plan.expected_variance for plan in plan_blocks(EXPERIMENTS["nfnet-f0"]().model)], squares)
 
 
 def test_parameter_names_shapes_and_ranks(one_device):
