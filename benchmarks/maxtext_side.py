@@ -1,8 +1,9 @@
 """The other side of `benchmarks.maxtext`: MaxText's own ahead-of-time compilation, its program read as ours are.
 
-Run as `python -m benchmarks.maxtext_side CASE FILE`; writes to FILE what `podwright plan --json` would say of it.
+Run as `python -m benchmarks.maxtext_side CASE TRIED FILE`, TRIED being JSON of rows and remat; writes to FILE what `podwright plan --json` would say of it.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -15,7 +16,7 @@ import jax  # noqa: E402
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # noqa: E402
 from maxtext.trainers.pre_train import train_compile  # noqa: E402
 
-from benchmarks.maxtext import BLOCK, CASES, LENGTH, Case  # noqa: E402
+from benchmarks.maxtext import BLOCK, CASES, Case  # noqa: E402
 from launch.plan import machine  # noqa: E402
 from models.kernels.splash_tpu import computed_pairs  # noqa: E402
 from sharding.hlo_time import as_dict, estimate  # noqa: E402
@@ -23,8 +24,9 @@ from sharding.topologies import find_topology  # noqa: E402
 
 
 def main() -> None:
-    case, out = CASES[sys.argv[1]], pathlib.Path(sys.argv[2])
-    name_kernels_by_their_work()
+    name, tried, file = sys.argv[1:]
+    case, out = dataclasses.replace(CASES[name], **json.loads(tried)), pathlib.Path(file)
+    name_kernels_by_their_work(case.length)
     found = {}
     compiled = train_compile.jit_and_compile
 
@@ -75,18 +77,19 @@ def settings(case: Case) -> list[str]:
         "dataset_type": "synthetic",
         "enable_checkpointing": "false",
         "skip_jax_distributed_system": "true",
-        "max_target_length": LENGTH,
+        "max_target_length": case.length,
         "per_device_batch_size": case.rows,
         "remat_policy": case.remat,
         "num_vocab_tiling": case.tiles,
+        "logits_via_embedding": "true",  # one table, as Gemma has it
         "compile_xla_flags": " ".join(f"--{flag}=true" for flag in case.flags),
     }
     return [f"{name}={value}" for name, value in given.items()]
 
 
-def name_kernels_by_their_work() -> None:
+def name_kernels_by_their_work(length: int) -> None:
     """The kernels say nothing of their FLOPs; the reader finds them in a name such as ours have."""
-    pairs = computed_pairs(LENGTH, LENGTH, None, BLOCK, BLOCK)
+    pairs = computed_pairs(length, length, None, BLOCK, BLOCK)
     named = splash.get_kernel_name
     splash.get_kernel_name = lambda *args, **kwargs: f"{named(*args, **kwargs)}_pairs_{pairs}_{pairs}_{pairs}"
 

@@ -6,12 +6,14 @@ import platform
 from collections.abc import Collection, Sequence
 
 
-def arguments(description: str | None, cases: Collection[str] = ()) -> argparse.Namespace:
-    """The command line of every benchmark; the first of several cases is the default."""
+def arguments(description: str | None, cases: Collection[str] = (), **switches: str) -> argparse.Namespace:
+    """The command line of every benchmark; the first of several cases is the default. Switches are names and helps."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", help="also write the table to this markdown file")
     if cases:
         parser.add_argument("--case", choices=cases, default=next(iter(cases)))
+    for name, about in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=about)
     return parser.parse_args()
 
 

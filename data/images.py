@@ -57,7 +57,9 @@ def open_images(config: ImageData) -> Dataset:
             f"{config.source} has {len(labels)} images, but data.held_out={config.held_out:g} leaves "
             f"{int(held_out.sum())} of them held out and {int((~held_out).sum())} for training: both need one"
         )
-    train, rest = (Images(pixels[part], labels[part], config.image_size, config.channels) for part in (~held_out, held_out))
+    train, rest = (
+        Images(pixels[part], labels[part], config.image_size, config.channels) for part in (~held_out, held_out)
+    )
     content = {
         "kind": config.kind,
         "format": FORMAT,

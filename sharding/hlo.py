@@ -104,7 +104,8 @@ class Module:
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instructions of a fusion or an async start, and of fusions inside it; itself if it holds none."""
-        called = self.called(instruction)
+        # SparseCores are called by `call-start`, as a function is.
+        called = self.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
         if called is None:
             yield instruction
             return
@@ -163,7 +164,7 @@ def parse(text: str) -> Module:
             if header:
                 name, body = header[2], []
                 entry = name if header[1] else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):
             found = map(parse_instruction, body)
             computations[name] = Computation(name, tuple(i for i in found if i))
             body = None

@@ -237,7 +237,7 @@ class Schedule:
     def collective_inside(self, instruction: Instruction) -> Instruction | None:
         if is_collective(instruction.opcode):
             return None if instruction.opcode.endswith("-done") else instruction
-        if instruction.opcode not in ("fusion", "async-start"):
+        if instruction.opcode not in ("fusion", "async-start", "call-start"):
             return None
         return next((i for i in self.module.inside(instruction) if i.opcode in COLLECTIVES), None)
 

@@ -138,6 +138,28 @@ def test_a_collective_may_be_waited_for_under_another_name():
     assert found.exposed == pytest.approx(3 * 1e5 / 2e8)
 
 
+def test_a_collective_of_a_sparse_core_runs_beside_the_schedule():
+    """As libtpu writes it: a call, whose computation closes with the name of who runs it."""
+    found = made_up(
+        f"""
+        %p = f32[25000]{{0}} parameter(0)
+        %a = f32[125000]{{0}} parameter(1)
+        %token = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+        %start = ((f32[25000]{{0}}, token[]), f32[100000]{{0}}) call-start(%p, %token), to_apply=%gather
+        {ADD_1_MS}
+        ROOT %done = f32[100000]{{0}} call-done(%start)""",
+        f"""%gather (p: f32[25000], t: token[]) -> f32[100000] {{
+  %q = f32[25000]{{0}} parameter(0)
+  %t = token[] parameter(1)
+  ROOT %g = f32[100000]{{0}} all-gather(%q), {GATHER}
+}}, execution_thread="sparsecore\"""",
+    )
+    sending = 3 * 1e5 / 2e8
+    assert found.collectives["all-gather", "ICI"].seconds == pytest.approx(sending)
+    assert found.exposed == pytest.approx(sending - 1e-3)
+    assert found.compute == pytest.approx(1e-3)
+
+
 def test_a_collective_without_a_window_holds_everything_up():
     found = made_up(f"""
         %p = f32[25000]{{0}} parameter(0)

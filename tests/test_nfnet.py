@@ -279,7 +279,9 @@ def test_the_recipe_is_the_published_one():
 
 def test_expected_variances_of_f0_are_the_released_models():
     squares = [1.0, 1.04, 1.04, 1.08, 1.04, 1.08, 1.12, 1.16, 1.20, 1.24, 1.04, 1.08]
-    np.testing.assert_allclose([plan.expected_variance for plan in plan_blocks(EXPERIMENTS["nfnet-f0"]().model)], squares)
+    np.testing.assert_allclose(
+        [plan.expected_variance for plan in plan_blocks(EXPERIMENTS["nfnet-f0"]().model)], squares
+    )
 
 
 def test_parameter_names_shapes_and_ranks(one_device):

@@ -16,6 +16,7 @@ from data import open_data
 from data.dataset import Dataset
 from sharding import hosts
 from sharding.fallbacks import fallbacks
+from sharding.flags import compiler_options
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
@@ -107,7 +108,8 @@ def train(
 
         @functools.cache
         def eval_program():
-            compiled = jax.jit(task.evaluate).trace(abstract.model, program.batch).lower().compile()
+            evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
+            compiled = evaluating.trace(abstract.model, program.batch).lower().compile()
             hosts.meet()
             return compiled
 

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from configs.schema import Config
 from data.shapes import batch_fields
+from sharding.flags import compiler_options
 from sharding.rules import rules_for
 from trainer.checkpoint import concrete
 from trainer.offload import moments_on_host
@@ -59,7 +60,7 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for name, (shape, dtype) in batch_fields(config.data).items()
     }
-    return Program(init, state, batch, jax.jit(step, donate_argnums=0))
+    return Program(init, state, batch, jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh)))
 
 
 def bytes_per_device(tree: Any, memory: str = "device") -> int:
