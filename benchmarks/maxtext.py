@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.plans import plan
 from benchmarks.tables import arguments, machine, publish, table
 
 BLOCK = 512  # of queries and keys: MaxText's default for splash attention
@@ -107,12 +108,12 @@ def main() -> None:
         fastest: dict[str, tuple[float, str]] = {}
         for side in SIDES:
             for variant in variants(side, case) if options.sweep else [case]:
-                plan = figures(side, variant)
+                found = figures(side, variant)
                 what = f"{variant.rows} rows, {variant.remat if side == 'MaxText' else ' '.join(variant.ours[1::2])}"
-                rows.append((name, side, what, *cells(plan, variant)))
+                rows.append((name, side, what, *cells(found, variant)))
                 print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
-                if plan["fits"]:
-                    speed = variant.rows * variant.length / plan["step_seconds"]
+                if found["fits"]:
+                    speed = variant.rows * variant.length / found["step_seconds"]
                     fastest[side] = max(fastest.get(side, (0.0, "")), (speed, what))
         ours, theirs = (fastest[side] for side in SIDES)
         best.append((name, *(f"{speed:,.0f} ({what})" for speed, what in (ours, theirs)), f"{theirs[0] / ours[0]:.2f}"))
@@ -157,18 +158,16 @@ def cells(plan: dict[str, Any], case: Case) -> tuple[str, ...]:
 
 def figures(side: str, case: Case) -> dict[str, Any]:
     """What `podwright plan --json` writes, of either side."""
+    if side == "podwright":
+        name = case.model if case.model.startswith("gemma") else "gemma-7b"
+        return plan([name, "--topology", case.topology, *case.words])
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "plan.json"
-        if side == "podwright":
-            ours = case.model if case.model.startswith("gemma") else "gemma-7b"
-            command = [sys.executable, "-m", "launch", "plan", ours, "--topology", case.topology, "--json", str(out)]
-            command += case.words
-        else:
-            tried = json.dumps({"rows": case.rows, "remat": case.remat})
-            command = [sys.executable, "-m", "benchmarks.maxtext_side", case.name, tried, str(out)]
+        tried = json.dumps({"rows": case.rows, "remat": case.remat})
+        command = [sys.executable, "-m", "benchmarks.maxtext_side", case.name, tried, str(out)]
         done = subprocess.run(command, text=True, capture_output=True)
         if not out.exists():
-            raise SystemExit(f"{side}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         return json.loads(out.read_text())
 
 

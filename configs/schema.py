@@ -342,7 +342,9 @@ class MeshConfig(Section):
     replica: int = setting(1, "copies across slices", low=-1, changes=("recompile",))
     data: int = setting(-1, "data-parallel devices", low=-1, changes=("recompile",))
     fsdp: int = setting(1, "devices that share parameters and optimizer state", low=-1, changes=("recompile",))
-    sequence: int = setting(1, "devices that share a sequence of tokens", low=1, changes=("recompile",))
+    sequence: int = setting(
+        1, "devices that share a sequence of tokens, or an image's rows", low=1, changes=("recompile",)
+    )
     tensor: int = setting(1, "devices that share heads and hidden units", low=-1, changes=("recompile",))
     simulated_devices: int = setting(0, "CPU devices to simulate; 0 uses the real ones", low=0, changes=("recompile",))
 
@@ -438,11 +440,6 @@ class Config:
                 f"data.kind={self.data.kind!r} contradicts model.kind={self.model.kind!r}: "
                 f"{self.model.kind} trains on {'images' if image else 'text'}"
             )
-        if self.mesh.sequence > 1 and image:
-            raise ConfigError(
-                f"{self.mesh.show('sequence')} contradicts model.kind={self.model.kind!r}: only language models divide a "
-                f"sequence among devices, the others need mesh.sequence=1"
-            )
         if self.mesh.tensor != 1 and image:
             raise ConfigError(
                 f"{self.mesh.show('tensor')} contradicts model.kind={self.model.kind!r}: only language models divide heads "
@@ -452,6 +449,17 @@ class Config:
             raise ConfigError(
                 f"{self.data.show('sequence_length')} is not a multiple of {self.mesh.show('sequence')}, the devices "
                 f"that share a sequence"
+            )
+        if (
+            isinstance(self.data, ImageData)
+            and self.mesh.sequence > 1
+            and self.data.image_size % (2 * self.mesh.sequence)
+        ):
+            near = [n for n in range(2, self.data.image_size // 2 + 1) if self.data.image_size % (2 * n) == 0]
+            closest = min(near, key=lambda n: abs(n - self.mesh.sequence), default=1)
+            raise ConfigError(
+                f"{self.mesh.show('sequence')} devices can't share the {self.data.image_size} rows of an image "
+                f"({self.data.show('image_size')}) in pairs: the nearest number that can is {closest}"
             )
         check_remat(self.model, self.trainer)
         if image and self.trainer.z_loss:

@@ -16,8 +16,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from configs.schema import NFNetConfig
-from models.params import Init, Initialiser, normal, ones, truncated_normal, zeros
+from models.params import Init, Initialiser, Spec, normal, ones, truncated_normal, zeros
 from models.remat import Remat, named, rematted
+from models.sequence import left_halo, right_halo
 
 # 1 / std(gelu(z)) for z ~ N(0, 1), so that an activation keeps unit variance (sec. 2); the released code's constant.
 GELU_GAIN = 1.7015043497085571
@@ -133,23 +134,51 @@ def scaled_gelu(x: jax.Array, approximate: bool) -> jax.Array:
 def conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
     """BHWI, KKIO, O -> BHWO in x's dtype. SAME as in TensorFlow: a stride of 2 on an even side pads (0, 1), not (1, 1).
 
-    Each device convolves its own images. Left to partition a grouped convolution, XLA gathers the whole batch on every
-    device (openxla/xla#47945) and, with jax 0.10.2, multiplies the kernel's gradient by the size of a mesh axis that
-    divides nothing. Written out, the gradient is also summed over devices in float32.
+    Each device convolves its own images, or its own rows of images that it shares, to which its neighbours add those that
+    the kernel reaches. Left to partition a grouped convolution, XLA gathers the whole batch on every device
+    (openxla/xla#47945) and, with jax 0.10.2, multiplies the kernel's gradient by the size of a mesh axis that divides
+    nothing. Written out, the gradient is also summed over devices in float32.
     """
 
     images, whole = jax.typeof(x).sharding.spec, PartitionSpec()
-    devices = images[0] or ()  # mesh axes that divide the batch
+    rows = images[1]  # the mesh axis that divides an image's rows; None where images are whole
+    devices = axes_of(images[0]) + axes_of(rows)
+    side, numbers = kernel.shape[0], ("NHWC", "HWIO", "NHWC")
 
     def local(x, kernel, bias):
         kernel, bias = (lax.pcast(w, devices, to="varying").astype(x.dtype) for w in (kernel, bias))
-        numbers = ("NHWC", "HWIO", "NHWC")
-        y = lax.conv_general_dilated(
-            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
-        )
+        strides = (stride, stride)
+        padding = lax.padtype_to_pads(x.shape[1:3], (side, side), strides, "SAME")
+        if rows:  # the stride divides a device's rows, so each is padded as the whole is: with zeros at the ends
+            (above, below), padding = padding[0], [(0, 0), padding[1]]
+            x = jnp.concatenate([left_halo(x, above, rows), x, right_halo(x, below, rows)], axis=1)
+        y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers, feature_group_count=groups)
         return y + bias[None, None, None, :]
 
     return jax.shard_map(local, in_specs=(images, whole, whole), out_specs=images)(x, kernel, bias)
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that divide one dimension."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def divided_rows(images: jax.Array, spec: Spec) -> jax.Array:
+    """Images BHWC with their rows on the devices that share an image."""
+    return jax.sharding.reshard(images, spec("batch", "seq", None, None))
+
+
+def for_stride(x: jax.Array, stride: int) -> jax.Array:
+    """x (BHWC) such that every device's rows are a multiple of the stride. Where devices that share an image have others, from
+    here on each takes whole images: its own part of them, or, if there are too few, all of them."""
+    batch, rows, *_ = jax.typeof(x).sharding.spec
+    mesh = jax.sharding.get_abstract_mesh()
+    sharing = math.prod(mesh.shape[axis] for axis in axes_of(rows))
+    if x.shape[1] % (sharing * stride) == 0 or not rows:
+        return x
+    everyone = axes_of(batch) + axes_of(rows)
+    enough = x.shape[0] % math.prod(mesh.shape[axis] for axis in everyone) == 0
+    return jax.sharding.reshard(x, PartitionSpec(everyone if enough else batch, None, None, None))
 
 
 def halve(x: jax.Array) -> jax.Array:
@@ -260,6 +289,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """BHWI -> BHWO. `key` of None: nothing is dropped."""
         x, activate = named(x, "input"), partial(scaled_gelu, approximate=self.config.gelu_approximate)
+        x = for_stride(x, self.plan.stride)
         h = activate(x) * self.plan.expected_variance**-0.5
         if self.shortcut is None:
             shortcut = x
@@ -279,7 +309,7 @@ class NFNet(nnx.Module):
     """Image classifier, NFNet-F0 to F7+ by config."""
 
     def __init__(self, config: NFNetConfig, init: Init):
-        self.config = config
+        self.config, self.spec = config, init.spec
         eps_mode = config.ws_eps_mode
         stem, channels = {}, config.channels
         for i, (width, stride) in enumerate(zip(config.stem_widths, STEM_STRIDES, strict=True)):
@@ -305,9 +335,10 @@ class NFNet(nnx.Module):
         `remat` of "layer", or of names, recomputes each block in the backward pass.
         """
         config = self.config
-        x = images.astype(dtype)
-        for i in range(len(STEM_STRIDES)):  # no activation after the last one: blocks start with theirs
-            x = self.stem[f"conv_{i}"](x if i == 0 else scaled_gelu(x, config.gelu_approximate))
+        x = divided_rows(images.astype(dtype), self.spec)
+        for i, stride in enumerate(STEM_STRIDES):  # no activation after the last one: blocks start with theirs
+            x = x if i == 0 else scaled_gelu(x, config.gelu_approximate)
+            x = self.stem[f"conv_{i}"](for_stride(x, stride))
         plans = list(plan_blocks(config))
         keys = [None] * (len(plans) + 1) if dropout_key is None else list(jax.random.split(dropout_key, len(plans) + 1))
         for plan, key in zip(plans, keys, strict=False):
@@ -320,4 +351,4 @@ class NFNet(nnx.Module):
         if keys[-1] is not None and config.dropout:
             features = dropout(features, keys[-1], config.dropout)
         kernel, bias = self.head.weights()
-        return features @ kernel + bias[None, :]
+        return jax.sharding.reshard(features @ kernel + bias[None, :], self.spec("batch", None))

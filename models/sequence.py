@@ -1,6 +1,6 @@
-"""What devices that share a sequence tell one another. For one device's arrays, inside `jax.shard_map`.
+"""What devices that share a sequence, or an image's rows, tell one another. For one device's arrays, inside `jax.shard_map`.
 
-`axis` is the mesh axis (or axes) that divides time, as `spec("seq")` gives it; None where sequences are whole.
+`axis` is the mesh axis (or axes) that divides time or rows, as `spec("seq")` gives it; None where sequences are whole.
 """
 
 import jax
@@ -21,6 +21,14 @@ def left_halo(x: jax.Array, width: int, axis: Axis) -> jax.Array:
             parts.insert(0, lax.ppermute(x[:, length - taken :], axis, pairs))
         width -= taken
     return jnp.concatenate([jnp.zeros((x.shape[0], width, *x.shape[2:]), x.dtype), *parts], axis=1)
+
+
+def right_halo(x: jax.Array, width: int, axis: Axis) -> jax.Array:
+    """The `width` entries (B width ...) of x (B T ...) that lie behind this device's own, on its neighbour; zeros behind the
+    end. No more than a device has."""
+    if axis is None or not width:
+        return jnp.zeros((x.shape[0], width, *x.shape[2:]), x.dtype)
+    return lax.ppermute(x[:, :width], axis, [(i + 1, i) for i in range(lax.axis_size(axis) - 1)])
 
 
 def through_here(x: jax.Array, axis: Axis) -> jax.Array:
