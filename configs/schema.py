@@ -481,9 +481,25 @@ class Config:
     def notes(self) -> list[str]:
         """What is allowed but may not be meant, a sentence each."""
         model, data = self.model, self.data
-        if isinstance(model, NFNetConfig) or isinstance(data, ImageData) or model.window <= data.sequence_length:
+        if isinstance(model, NFNetConfig) or isinstance(data, ImageData):
+            return self._whole_images()
+        if model.window <= data.sequence_length:
             return []
         return [f"{model.show('window')} is longer than {data.show('sequence_length')}: attention sees whole rows"]
+
+    def _whole_images(self) -> list[str]:
+        """Where devices that share an image stop to."""
+        assert isinstance(self.model, NFNetConfig)
+        assert isinstance(self.data, ImageData)
+        rows, devices = self.data.image_size, self.mesh.sequence
+        for _ in range(len(self.model.widths) + 1):  # two strides of 2 in the stem, one in every stage but the first
+            if devices > 1 and rows % (2 * devices):
+                return [
+                    f"{self.mesh.show('sequence')} devices share an image's rows until {rows} are left, which they can't "
+                    f"halve: from there on each takes whole images"
+                ]
+            rows //= 2
+        return []
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config) if f.name != "name")

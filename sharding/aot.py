@@ -57,8 +57,10 @@ def compile_for_tpu(traced: Any) -> Any:
     """The compiled program of a traced one. Raises TooLarge, ConfigError."""
     import jax
 
+    from sharding.flags import compiled
+
     try:
-        return traced.lower(lowering_platforms=("tpu",)).compile()
+        return compiled(traced.lower(lowering_platforms=("tpu",)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,12 +1,16 @@
 """Options of the TPU compiler for production runs, by what jax calls the chips. `train` and `plan` compile with the same;
 docs/pods.md says what each changed, and which were tried and rejected.
 
-Further ones can be set in LIBTPU_INIT_ARGS, which the compiler itself reads, under `plan` as under `train`.
+Others can be set in LIBTPU_INIT_ARGS, which the compiler itself reads, under `plan` as under `train`.
 """
 
+import re
 from dataclasses import dataclass
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
+
+from configs.schema import ConfigError
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,14 @@ class Flag:
     purpose: str
 
 
-FLAGS: dict[str, tuple[Flag, ...]] = {}
+GATHERS = Flag(
+    "xla_tpu_prefer_async_allgather_to_allreduce",
+    "true",
+    "a layer's smaller parameters are gathered beside computation, not by an all-reduce of twice the bytes that holds it up",
+)
+FLAGS: dict[str, tuple[Flag, ...]] = {
+    "TPU v5 lite": (GATHERS,),
+}
 
 
 def compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:
@@ -24,3 +35,17 @@ def compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:
     if isinstance(mesh, AbstractMesh):
         return {}
     return {flag.name: flag.value for flag in FLAGS.get(mesh.devices.flat[0].device_kind, ())}
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Raises ConfigError where this compiler lacks an option."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise ConfigError(
+            f"the installed libtpu does not know the compiler option {unknown[1]} of sharding/flags.py: install the one that "
+            f"belongs to jax {jax.__version__} (pip install 'jax[tpu]=={jax.__version__}')"
+        ) from None

@@ -257,3 +257,10 @@ def test_a_window_longer_than_a_row_is_told_though_allowed():
     assert notes == ["model.window=512 is longer than data.sequence_length=256: attention sees whole rows"]
     assert resolve("griffin-tiny", ["--model.window", "256"]).config.notes() == []
     assert resolve("nfnet-tiny").config.notes() == []
+
+
+@pytest.mark.parametrize(("size", "left"), [(224, 14), (192, None), (256, None)])
+def test_where_devices_stop_to_share_an_image_is_told(size, left):
+    words = ["--data.image_size", str(size), "--mesh.sequence", "2"]
+    notes = resolve("nfnet-f0", words).config.notes()
+    assert [note.split(" until ")[1].split(" are ")[0] for note in notes] == ([str(left)] if left else [])

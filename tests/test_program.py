@@ -9,9 +9,12 @@ import pytest
 from runs import SMALL
 
 from configs.overrides import resolve
+from configs.schema import ConfigError
 from data import open_data
 from data.shapes import batch_fields
+from sharding import flags
 from sharding.fallbacks import fallbacks
+from sharding.flags import FLAGS, Flag
 from sharding.mesh import abstract_mesh, make_mesh
 from trainer.loop import train
 from trainer.program import bytes_per_device, make_program
@@ -53,6 +56,31 @@ def test_train_compiles_the_program_that_plan_compiles(name, mesh, tmp_path, mon
     assert step == planned
     assert len(fallen) == (name == "griffin-tiny")
     assert all(f"note        {sentence}\n" in capsys.readouterr().out for sentence in fallen)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_train_and_plan_compile_with_the_options_of_the_chips(evaluates, tmp_path, monkeypatch):
+    """An option that no compiler has is noticed wherever it is given."""
+    flag = Flag("xla_no_such_option", "true", "to be noticed")
+    words = [*SMALL["griffin-tiny"].split(), "--trainer.steps", "1", "--trainer.compilation_cache", ""]
+    config = resolve("griffin-tiny", words).config
+    refused = pytest.raises(ConfigError, match="does not know the compiler option xla_no_such_option")
+    standard = jax.numpy_dtype_promotion("standard")
+    if evaluates:  # the step is compiled without the option, the evaluation after it with
+        original = flags.compiled
+
+        def then_with_the_option(lowered):
+            monkeypatch.setitem(FLAGS, "cpu", (flag,))
+            return original(lowered)
+
+        monkeypatch.setattr("trainer.loop.compiled", then_with_the_option)
+    else:
+        monkeypatch.setitem(FLAGS, "cpu", (flag,))
+        mesh = make_mesh(config.mesh)
+        with standard, jax.set_mesh(mesh), refused:
+            flags.compiled(make_program(config, make_task(config), mesh).trace().lower())
+    with standard, jax.numpy_rank_promotion("allow"), refused:
+        train(config, tmp_path / "run")
 
 
 def chat_lines(folder) -> str:

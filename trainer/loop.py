@@ -16,7 +16,7 @@ from data import open_data
 from data.dataset import Dataset
 from sharding import hosts
 from sharding.fallbacks import fallbacks
-from sharding.flags import compiler_options
+from sharding.flags import compiled, compiler_options
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
@@ -102,16 +102,16 @@ def train(
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
-        step_program = program.trace(teacher).lower().compile()
+        step_program = compiled(program.trace(teacher).lower())
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
         hosts.meet()
 
         @functools.cache
         def eval_program():
             evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
-            compiled = evaluating.trace(abstract.model, program.batch).lower().compile()
+            ready = compiled(evaluating.trace(abstract.model, program.batch).lower())
             hosts.meet()
-            return compiled
+            return ready
 
         def evaluate_now(state: State, step: int) -> dict[str, float]:
             metrics = evaluate(eval_program(), state.model, data, config.eval.batches, task, place)
