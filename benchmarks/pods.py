@@ -21,15 +21,32 @@ PODS = {
     words.split()[0]: words
     for words in (
         "griffin-1b --topology v5e-64",
+        "griffin-3b --topology v5e-128",
         "griffin-7b --topology v5p-128",
+        "griffin-14b --topology v5p-256",
         "recurrentgemma-2b --topology v5e-64",
+        "recurrentgemma-9b --topology v5p-128",
         "gemma-2b --topology v5e-256",
         "gemma-7b --topology v5e-256",
+        "gemma2-9b --topology v5p-256",
         "gemma2-27b --topology v5p-512",
+        "nfnet-f0 --topology v4-64",
+        "nfnet-f3 --topology v4-256",
+        "nfnet-f7+ --topology v4-512 --data.image_size 224",
     )
 }
 NETWORKS = ("ICI", "DCN")
-HEADS = ("config", "pod", "mesh", "tokens a step", "HBM, GiB", "sent, GB", "exposed, ms", "step, ms", "MFU, %")
+HEADS = (
+    "config",
+    "pod",
+    "mesh",
+    "tokens or images a step",
+    "HBM, GiB",
+    "sent, GB",
+    "exposed, ms",
+    "step, ms",
+    "MFU, %",
+)
 
 
 def compiled(name: str) -> dict:
@@ -60,8 +77,9 @@ def compiled(name: str) -> dict:
 def page(records: dict[str, dict]) -> str:
     """The table of docs/pods.md."""
     rows = []
-    for name, found in records.items():
-        *_, topology = found["words"].split("--topology ")
+    for found in records.values():
+        config, _, rest = found["words"].partition(" --topology ")
+        topology, _, others = rest.partition(" ")
         figures = (
             f"{found['tokens']:,}",
             f"{found['hbm_bytes'] / 2**30:.2f}",
@@ -70,7 +88,7 @@ def page(records: dict[str, dict]) -> str:
             f"{1e3 * found['step_seconds']:,.0f}",
             f"{100 * found['mfu']:.1f}",
         )
-        rows.append([name, topology.split()[0], found["mesh"], *figures])
+        rows.append([f"{config} {others}".rstrip(), topology, found["mesh"], *figures])
     versions = sorted({found["versions"] for found in records.values()})
     return "\n".join([*table(HEADS, rows), "", f"Compiled by {' and '.join(versions)}.", ""])
 

@@ -205,11 +205,11 @@ def squeeze_excite(x: jax.Array, w_in: jax.Array, b_in: jax.Array, w_out: jax.Ar
     return x * gates.astype(x.dtype)[:, None, None, :]
 
 
-def keep_mask(key: jax.Array, drop_rate: float, shape: tuple[int, ...]) -> jax.Array:
+def keep_mask(key: jax.Array, drop_rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bernoulli(key, 1 - drop_rate, shape)
 
 
-def drop_branches(x: jax.Array, key: jax.Array, drop_rate: float) -> jax.Array:
+def drop_branches(x: jax.Array, key: jax.Array, drop_rate: jax.Array) -> jax.Array:
     """Stochastic depth: zeroes whole images of a residual branch. The released code does not divide by the keep rate."""
     keep = keep_mask(key, drop_rate, (x.shape[0], 1, 1, 1))
     return x * keep.astype(x.dtype)
@@ -274,7 +274,7 @@ class Block(nnx.Module):
     """Pre-activation bottleneck block (sec. 3, appendix C): h + alpha * skip_gain * branch(h), skip_gain 0 at first."""
 
     def __init__(self, config: NFNetConfig, plan: BlockPlan, init: Init):
-        self.config, self.plan = config, plan
+        self.config, self.stride = config, plan.stride
         out, mid, groups, eps_mode = plan.channels_out, plan.mid, plan.groups, config.ws_eps_mode
         hidden, dense_axes = se_width(config, out), ("channels_in", "channels_out")
         self.reduce = Conv(init.scope("reduce"), 1, plan.channels_in, mid, eps_mode)
@@ -286,22 +286,24 @@ class Block(nnx.Module):
         self.skip_gain = init.param("skip_gain", (), (), zeros)
         self.shortcut = Conv(init.scope("shortcut"), 1, plan.channels_in, out, eps_mode) if plan.projects else None
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """BHWI -> BHWO. `key` of None: nothing is dropped."""
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, expected_variance: jax.Array, drop_rate: jax.Array
+    ) -> jax.Array:
+        """BHWI -> BHWO. `key` of None: nothing is dropped. The variance is the input's at initialisation."""
         x, activate = named(x, "input"), partial(scaled_gelu, approximate=self.config.gelu_approximate)
-        x = for_stride(x, self.plan.stride)
-        h = activate(x) * self.plan.expected_variance**-0.5
+        x = for_stride(x, self.stride)
+        h = activate(x) * lax.rsqrt(expected_variance).astype(x.dtype)
         if self.shortcut is None:
             shortcut = x
         else:  # a projected shortcut starts from the activated, rescaled input, an identity one from the raw input
-            shortcut = self.shortcut(halve(h) if self.plan.stride == 2 else h)
+            shortcut = self.shortcut(halve(h) if self.stride == 2 else h)
         h = named(self.reduce(h), "reduce")
         h = named(self.spatial_0(activate(h)), "spatial")
         h = named(self.spatial_1(activate(h)), "spatial")
         h = named(self.expand(activate(h)), "expand")
         h = squeeze_excite(h, *self.squeeze.weights(), *self.excite.weights())
-        if key is not None and self.plan.drop_rate:
-            h = drop_branches(h, key, self.plan.drop_rate)
+        if key is not None and self.config.stochastic_depth:
+            h = drop_branches(h, key, drop_rate)
         return shortcut + self.config.alpha * self.skip_gain[...].astype(h.dtype) * h
 
 
@@ -340,15 +342,31 @@ class NFNet(nnx.Module):
             x = x if i == 0 else scaled_gelu(x, config.gelu_approximate)
             x = self.stem[f"conv_{i}"](for_stride(x, stride))
         plans = list(plan_blocks(config))
-        keys = [None] * (len(plans) + 1) if dropout_key is None else list(jax.random.split(dropout_key, len(plans) + 1))
-        for plan, key in zip(plans, keys, strict=False):
-            stage, block = plan.name
-            run = self.stages[stage][block]
-            with jax.named_scope(f"{stage}/{block}"):
-                x = rematted(run, remat)(x, key)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, len(plans) + 1)
+        variances = jnp.asarray([plan.expected_variance for plan in plans], jnp.float32)
+        drop_rates = jnp.asarray([plan.drop_rate for plan in plans], jnp.float32)
+
+        def run(x, block, rest, in_scan=False):
+            return rematted(lambda block, x, rest: block(x, *rest), remat, in_scan=in_scan)(block, x, rest)
+
+        end = 0
+        for s, depth in enumerate(config.depths):
+            first, end = end, end + depth
+            blocks = [self.stages[f"stage_{s}"][f"block_{b}"] for b in range(depth)]
+            rests = [(None if keys is None else keys[i], variances[i], drop_rates[i]) for i in range(first, end)]
+            alone = 1 if depth > 2 else depth
+            for b in range(alone):
+                with jax.named_scope(f"stage_{s}/block_{b}"):
+                    x = run(x, blocks[b], rests[b])
+            if alone < depth:  # they differ in nothing but these: compiled once for all
+                stacked = jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves), *zip(blocks[alone:], rests[alone:], strict=True)
+                )
+                with jax.named_scope(f"stage_{s}/blocks"):
+                    x, _ = lax.scan(lambda x, one: (run(x, *one, in_scan=True), None), x, stacked)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        if keys[-1] is not None and config.dropout:
+        if keys is not None and config.dropout:
             features = dropout(features, keys[-1], config.dropout)
         kernel, bias = self.head.weights()
         return jax.sharding.reshard(features @ kernel + bias[None, :], self.spec("batch", None))

@@ -24,7 +24,7 @@ TINY = NFNetConfig(
     channels=3,
     stem_widths=(4, 4, 8, 8),
     widths=(16, 20, 32, 32),
-    depths=(1, 2, 1, 1),
+    depths=(1, 2, 3, 1),  # of the third stage, blocks 1 and 2 are a scan
     group_width=4,
     head_width=48,
 )
@@ -333,7 +333,7 @@ def test_evaluation_is_deterministic_and_ignores_drop_rates(one_device):
 def test_stochastic_depth_drops_whole_images_at_each_blocks_rate_without_rescaling(one_device):
     """With one block's branch switched on, an image's logits are either those with the branch or those without."""
     model, num_images = filled(dataclasses.replace(TINY, stochastic_depth=0.5)), 1024
-    blocks = ["stage_0/block_0", "stage_1/block_0", "stage_1/block_1", "stage_2/block_0", "stage_3/block_0"]
+    blocks = [f"stage_{s}/block_{b}" for s, depth in enumerate(TINY.depths) for b in range(depth)]
     image = IMAGES[:1, :9, :9]
 
     def only(block):
@@ -346,7 +346,7 @@ def test_stochastic_depth_drops_whole_images_at_each_blocks_rate_without_rescali
         out = train(only(block), np.repeat(image, num_images, axis=0), jax.random.key(i))
         kept, dropped = (abs(np.asarray(out - logits)).max(axis=1) < 1e-5 for logits in (with_branch, without))
         assert (kept ^ dropped).all(), block
-        rate = 0.5 * i / 5
+        rate = 0.5 * i / len(blocks)
         assert abs(dropped.mean() - rate) <= 4 * math.sqrt(rate * (1 - rate) / num_images), block
 
 
