@@ -74,27 +74,27 @@ CONTEXT = (*LAYER, "--trainer.save", "context")
 CASES = {case.name: case for case in (
     Case(
         "gemma-2b-v5e", "gemma-2b", "v5e-256", 256, 8192, 2, "full", LAYER, 8, OVERLAP + FUSION,
-        ((1, "minimal"), (2, "save_qkv_proj"), (4, "full")), ((1, LAYER), (1, DOTS), (1, CONTEXT)),
+        ((2, "save_qkv_proj"), (4, "full")), ((1, LAYER), (2, DOTS)),
     ),
     Case(
         "gemma-2b-v5p", "gemma-2b", "v5p-128", 64, 8192, 2, "minimal", DOTS, 8, OVERLAP + V5P,
-        ((4, "minimal"), (4, "save_qkv_proj"), (4, "full")), ((4, DOTS), (4, CONTEXT)),
+        ((4, "save_qkv_proj"),), ((4, CONTEXT),),
     ),
     Case(
         "gemma-7b-v5e", "gemma-7b", "v5e-256", 256, 8192, 1, "full", LAYER, 8, OVERLAP + FUSION,
-        ((1, "save_qkv_proj"), (2, "full")), ((1, CONTEXT), (2, LAYER)),
+        ((2, "full"),), ((2, LAYER),),
     ),
     Case(
         "gemma-7b-v5p", "gemma-7b", "v5p-128", 64, 8192, 2, "minimal", DOTS, 8, OVERLAP + V5P,
-        ((2, "save_qkv_proj"), (4, "full")), ((2, CONTEXT), (4, LAYER)),
+        ((2, "save_qkv_proj"),), ((2, CONTEXT),),
     ),
     Case(
         "llama2-7b-v5e", "llama2-7b", "v5e-256", 256, 2048, 4, "save_qkv_proj", QKV, 1, OVERLAP + FUSION,
-        ((4, "full"), (8, "full")), ((4, CONTEXT), (8, LAYER)),
+        ((8, "full"),), ((8, LAYER),),
     ),
     Case(
         "llama2-7b-v5p", "llama2-7b", "v5p-128", 64, 4096, 4, "minimal", DOTS, 1, OVERLAP + V5P,
-        ((8, "save_qkv_proj"), (8, "full")), ((4, CONTEXT), (8, LAYER)),
+        ((8, "full"),), ((8, LAYER),),
     ),
 )}  # fmt: skip
 SIDES = ("podwright", "MaxText")

@@ -25,8 +25,17 @@ GATHERS = Flag(
     "true",
     "a layer's smaller parameters are gathered beside computation, not by an all-reduce of twice the bytes that holds it up",
 )
+OFFLOAD = tuple(
+    Flag(
+        f"xla_tpu_enable_sparse_core_collective_offload_{kind}",
+        "true",
+        f"SparseCores {does} while the core computes; a core of this generation can't do both",
+    )
+    for kind, does in (("all_gather", "gather"), ("reduce_scatter", "reduce and scatter"), ("all_reduce", "reduce"))
+)
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "TPU v5 lite": (GATHERS,),
+    "TPU v6 lite": (GATHERS, *OFFLOAD),  # TPU7x offloads without being told to
 }
 
 
