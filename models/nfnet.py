@@ -77,6 +77,16 @@ def se_width(config: NFNetConfig, channels: int) -> int:
     return max(1, int(config.se_ratio * channels))
 
 
+def sides(config: NFNetConfig, image_size: int) -> Iterator[tuple[BlockPlan, int, int]]:
+    """Each block, and the pixels of a side before and after it."""
+    size = image_size
+    for stride in STEM_STRIDES:
+        size = math.ceil(size / stride)
+    for block in plan_blocks(config):
+        before, size = size, math.ceil(size / block.stride)
+        yield block, before, size
+
+
 def train_flops(config: NFNetConfig, image_size: int) -> float:
     """Floating-point operations of one image's training step: 2 a multiply-add, the backward pass twice the forward.
 
@@ -87,9 +97,8 @@ def train_flops(config: NFNetConfig, image_size: int) -> float:
         size = math.ceil(size / stride)
         macs += size**2 * 9 * channels * width
         channels = width
-    for b in plan_blocks(config):
-        macs += size**2 * b.channels_in * b.mid
-        size = math.ceil(size / b.stride)
+    for b, before, size in sides(config, image_size):
+        macs += before**2 * b.channels_in * b.mid
         macs += size**2 * b.mid * (2 * 9 * b.mid // b.groups + b.channels_out)
         macs += size**2 * b.channels_in * b.channels_out if b.projects else 0
         macs += 2 * b.channels_out * se_width(config, b.channels_out)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Config, NFNetConfig
+from configs.schema import Config, ImageData, NFNetConfig
+from models.nfnet import sides
 from sharding.topologies import HOST_BANDWIDTH, Topology
 
 EFFICIENCY = 0.7  # of the peak, by products and what lies between them
 AGAIN = {"none": 0.0, "dots": 0.04, "layer": 1 / 3}  # forward passes in the backward pass / FLOPs of both
+MOMENTS = {"adamw": 2, "sgd": 1}  # a parameter
 BESIDE = 0.8  # of communication that runs beside computation, where there is enough of it
 
 
@@ -25,23 +27,22 @@ def predict(config: Config, topology: Topology, mesh: dict[str, int], parameters
     """`flops` are the model's, a step; `parameters` their number."""
     shards = mesh["fsdp"] * mesh["tensor"]
     micro, trainer = config.trainer.microbatches, config.trainer
-    moments = 0 if config.optimizer.offload else 2
+    moments = 0 if config.optimizer.offload else MOMENTS[config.optimizer.name]
     state = 4 * parameters * (2 + moments) / shards  # with a gradient
     copies = 2 * parameters / shards if trainer.compute_dtype == "bfloat16" else 0.0
     again = max(0.0, AGAIN[trainer.remat] - 0.1 * bool(trainer.save))
     compute = flops * (1 + again) / (topology.peak * topology.devices * EFFICIENCY)
-    activations, sent = 0.0, 0.0
-    if not isinstance(config.model, NFNetConfig):
-        tokens = config.data.batch_size * config.data.sequence_length  # type: ignore[union-attr]
-        tokens /= micro * row_parts(mesh) * mesh["sequence"]
-        layers = [widths(config.model, kind, mesh["tensor"]) for kind in layer_kinds(config.model)]
-        size = 2 if trainer.compute_dtype == "bfloat16" else 4
-        activations = sum(tokens * size * kept(layer, trainer) for layer in layers)
-        activations += 3 * tokens * size * max(sum(layer.values()) for layer in layers)  # one layer and its gradients
-        activations += 2 * 4 * parameters / mesh["tensor"] / max(len(layers), 1)  # a layer's parameters, gathered twice
+    rows = config.data.batch_size / (micro * row_parts(mesh) * mesh["sequence"])
+    size, sent = 2 if trainer.compute_dtype == "bfloat16" else 4, 0.0
+    layers = layers_of(config, mesh["tensor"])
+    activations = sum(rows * size * kept(layer, trainer) for layer in layers)
+    activations += 3 * rows * size * max(sum(layer.values()) for layer in layers)  # one layer and its gradients
+    activations += 2 * 4 * parameters / mesh["tensor"] / len(layers)  # a layer's parameters, gathered twice
+    if not isinstance(config.data, ImageData):
         activations += 3 * trainer.logits_mib * 2**20
         # Two reductions and gatherings of the residual a layer and pass, over the tensor axis.
-        sent += micro * (mesh["tensor"] > 1) * len(layers) * 8 * tokens * size * config.model.width
+        residual = rows * size * config.data.sequence_length * config.model.width  # type: ignore[union-attr]
+        sent += micro * (mesh["tensor"] > 1) * len(layers) * 8 * residual
     gathers = 2 + (trainer.remat == "layer")
     sent += micro * (mesh["fsdp"] > 1) * 2 * parameters / mesh["tensor"] * (gathers + 2)
     sent += (mesh["data"] > 1) * 8 * parameters / shards
@@ -60,7 +61,7 @@ def meshes(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
     devices = topology.devices // topology.slices
     language = not isinstance(config.model, NFNetConfig)
     for tensor, sequence in itertools.product((1, 2, 4, 8), (1, 2, 4)):
-        if devices % (tensor * sequence) or (not language and tensor * sequence > 1):
+        if devices % (tensor * sequence) or (not language and tensor > 1):
             continue
         if language and not divides(config, tensor, sequence):
             continue
@@ -87,12 +88,26 @@ def row_parts(mesh: dict[str, int]) -> int:
     return mesh["replica"] * mesh["data"] * mesh["fsdp"]
 
 
-def layer_kinds(model: Any) -> list[str]:
-    return [model.pattern[i % len(model.pattern)] for i in range(model.depth)]
+def layers_of(config: Config, tensor: int) -> list[dict[str, float]]:
+    """Of each layer, elements of a whole row or image that it makes, by the names of docs/memory.md."""
+    model: Any = config.model
+    if isinstance(config.data, ImageData):
+        return [
+            {
+                "input": before**2 * block.channels_in,
+                "reduce": before**2 * block.mid,
+                "spatial": 2 * after**2 * block.mid,
+                "expand": after**2 * block.channels_out,
+            }
+            for block, before, after in sides(model, config.data.image_size)
+        ]
+    kinds = [model.pattern[i % len(model.pattern)] for i in range(model.depth)]
+    length = config.data.sequence_length
+    return [{name: length * width for name, width in widths(model, kind, tensor).items()} for kind in kinds]
 
 
 def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
-    """Elements a token of what a layer makes, by the names of docs/memory.md."""
+    """Elements a token of what a layer makes."""
     if kind == "rec":
         mixer = {"rnn_in": 2 * model.rnn_width / tensor, "rnn": model.rnn_width / tensor, "rnn_out": model.width}
     else:
@@ -103,7 +118,7 @@ def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
 
 
 def kept(layer: dict[str, float], trainer: Any) -> float:
-    """Elements a token that wait for the backward pass."""
+    """Elements that wait for the backward pass."""
     if trainer.remat == "none":
         return 2.5 * sum(layer.values())  # with all that lies between the products
     if trainer.remat == "dots":

@@ -42,9 +42,12 @@ def test_slices_are_replicas():
     assert {c.values["mesh.replica"] for c in found} == {2}
 
 
-def test_images_divide_neither_sequences_nor_heads():
-    found = candidates(resolve("nfnet-tiny", ["--data.batch_size", "64"]).config, V5E, PARAMETERS, FLOPS)
-    assert {(c.values["mesh.tensor"], c.values["mesh.sequence"]) for c in found} == {(1, 1)}
+def test_images_divide_rows_but_no_heads():
+    found = candidates(resolve("nfnet-f0", ["--data.image_size", "36"]).config, V5E, PARAMETERS, FLOPS)
+    assert {(c.values["mesh.tensor"], c.values["mesh.sequence"]) for c in found} == {
+        (1, 1),
+        (1, 2),
+    }  # 4 can't halve 36 rows
 
 
 def predicted(config, mesh, *words):
@@ -61,6 +64,17 @@ def test_arithmetic_divides_parameters_and_moments_and_counts_what_layers_keep(g
     tokens = 64 * 2048 / 16
     assert saved.bytes - layer.bytes == pytest.approx(26 * tokens * 8 * 256 * 2)  # 8 heads of 256, bfloat16
     assert predicted(gemma, {"fsdp": 16}, "trainer.remat=none").seconds < layer.seconds
+
+
+def test_arithmetic_counts_what_blocks_of_images_keep():
+    """NFNet-F0 at 192 pixels: 48, 24, 12 and 6 pixels a side behind the stages; SGD has one moment."""
+    config = resolve("nfnet-f0", []).config
+    layer = predicted(config, {"fsdp": 16}, "trainer.remat=layer")
+    on_host = predicted(config, {"fsdp": 16}, "trainer.remat=layer", "optimizer.offload=true")
+    assert layer.bytes - on_host.bytes == pytest.approx(4 * PARAMETERS / 16)
+    saved = predicted(config, {"fsdp": 16}, "trainer.remat=layer", "trainer.save=expand")
+    pixels = 48**2 * 256 + 2 * 24**2 * 512 + 6 * 12**2 * 1536 + 3 * 6**2 * 1536
+    assert saved.bytes - layer.bytes == pytest.approx(4096 / 16 * 2 * pixels)
 
 
 def test_widths_are_those_of_the_projections(gemma):
