@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from runs import SMALL
 
 from configs.overrides import resolve
@@ -15,7 +17,7 @@ from data import open_data
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
 from trainer.evaluate import place_batch
-from trainer.optimizers import make_optimizer, make_schedule
+from trainer.optimizers import adaptive_clip, make_optimizer, make_schedule
 from trainer.step import init_state, train_step
 from trainer.tasks import make_task
 
@@ -134,3 +136,23 @@ def test_sgd_is_nfnets_recipe():
             trace[key] = 0.9 * trace[key] + g
             params[key] = params[key] - 0.1 * (g + 0.9 * trace[key])
             np.testing.assert_allclose(ours[key], params[key], rtol=2e-5, atol=1e-6)
+
+
+def test_adaptive_clipping_takes_gradients_of_which_every_dimension_is_divided():
+    """As a pod divides NFNet-F7+'s 384 channels: over as many devices as do, and other dimensions over the rest."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {"dense": P("b", "a"), "conv": P(None, None, "b", "a"), "bias": P("a")}
+    rng = np.random.default_rng(0)
+    shapes = {"dense": (8, 16), "conv": (3, 3, 8, 16), "bias": (16,)}
+    gradients, parameters = (
+        {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()} for _ in range(2)
+    )
+    clip = optax.adaptive_grad_clip(0.01, eps=1e-3)
+    expected, _ = clip.update(gradients, clip.init(parameters), parameters)
+    with jax.set_mesh(mesh):
+        put = functools.partial(jax.device_put, device={n: NamedSharding(mesh, spec) for n, spec in specs.items()})
+        clip = adaptive_clip(0.01)
+        got, _ = jax.jit(clip.update)(put(gradients), clip.init(parameters), put(parameters))
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-6)
+        assert got[name].sharding.spec == specs[name]

@@ -30,7 +30,7 @@ def make_optimizer(
     don't learn (None: all do) must have no gradient, and get no moments."""
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.adaptive_clip:
-        clip.append(optax.masked(optax.adaptive_grad_clip(config.adaptive_clip, eps=1e-3), by_name(clips)))
+        clip.append(optax.masked(adaptive_clip(config.adaptive_clip), by_name(clips)))
     rules: dict[str, Callable[[], list[optax.GradientTransformation]]] = {
         "adamw": lambda: [
             optax.adamw(
@@ -45,6 +45,18 @@ def make_optimizer(
     }
     rule = optax.chain(*clip, *rules[config.name]())
     return optax.masked(rule, by_name(learns)) if learns else rule
+
+
+def adaptive_clip(ratio: float) -> optax.GradientTransformation:
+    """optax's, but XLA chooses where its norms lie: Explicit axes refuse to compare them with gradients of which the dimension
+    that they sum is divided."""
+    clip = optax.adaptive_grad_clip(ratio, eps=1e-3)
+
+    def update(updates, state, params=None):
+        shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, updates)
+        return jax.sharding.auto_axes(clip.update, out_sharding=(shardings, state))(updates, state, params)
+
+    return optax.GradientTransformation(clip.init, update)
 
 
 def by_name(predicate: Callable[[str], bool]) -> Callable:
