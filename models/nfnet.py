@@ -372,7 +372,7 @@ class NFNet(nnx.Module):
                     lambda *leaves: jnp.stack(leaves), *zip(blocks[alone:], rests[alone:], strict=True)
                 )
                 with jax.named_scope(f"stage_{s}/blocks"):
-                    x, _ = lax.scan(lambda x, one: (run(x, *one, in_scan=True), None), x, stacked)
+                    x, _ = lax.scan(lambda x, one: (run(x, one[0], one[1], in_scan=True), None), x, stacked)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         if keys is not None and config.dropout:
