@@ -44,7 +44,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
         ("train grifin-tiny", "perhaps griffin-tiny"),
         ("train griffin-tiny --runn x", "perhaps --run"),
         ("train griffin-tiny --allow learning_rate", "perhaps optimizer.learning_rate"),
-        ("config nfnet-tiny --mesh.sequence 2", "mesh.sequence=2 contradicts model.kind='nfnet'"),
+        ("config nfnet-tiny --mesh.sequence 3", "mesh.sequence=3 devices can't share the 16 rows of an image"),
         ("config nfnet-tiny --trainer.z_loss 0.1", "trainer.z_loss=0.1 contradicts model.kind='nfnet'"),
         ("sample", "required"),
         ("sample RUN --temperature -1", "--temperature -1 is out of range: 0 or more is allowed"),
