@@ -81,7 +81,8 @@ def settings(case: Case) -> list[str]:
         "per_device_batch_size": case.rows,
         "remat_policy": case.remat,
         "num_vocab_tiling": case.tiles,
-        "logits_via_embedding": "true",  # one table, as Gemma has it
+        "logits_via_embedding": "true",  # one table, as Gemma has it; Llama's own config says no
+        "override_model_config": "true",
         "compile_xla_flags": " ".join(f"--{flag}=true" for flag in case.flags),
     }
     return [f"{name}={value}" for name, value in given.items()]

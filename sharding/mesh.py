@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs.schema import MESH_FIELDS, ConfigError, MeshConfig
@@ -40,8 +40,11 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
     types = (AxisType.Explicit,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        whole = jax.make_mesh(tuple(sizes.values()), MESH_FIELDS, axis_types=types, devices=devices)
-        return on_rings(whole.devices)
+        try:
+            whole = jax.make_mesh(tuple(sizes.values()), MESH_FIELDS, axis_types=types, devices=devices).devices
+        except NotImplementedError:  # no axis is a product of whole rings, as 64 x 64 on 16 x 16 x 16: a ring is cut
+            whole = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return on_rings(whole)
     outer = across_slices(sizes, slices)
     inner = [size // share for size, share in zip(sizes.values(), outer, strict=True)]
     return on_rings(create_hybrid_device_mesh(inner, outer, devices))

@@ -44,6 +44,21 @@ def test_libtpu_has_the_devices_that_a_product_is_said_to_have():
     assert found == expected
 
 
+def test_meshes_of_which_no_axis_is_whole_rings_are_made_by_cutting_one():
+    """64 x 64 on 16 x 16 x 16 chips, 32 x 8 on 16 x 16: mesh_utils assigns whole axes of the network, or cuts if it may."""
+    cases = {"v5p-8192": (64, 64), "v5e-256": (32, 8)}
+    program = (
+        "import sys; from sharding import aot; aot.prepare(); from sharding.topologies import find_topology\n"
+        "from sharding.mesh import make_mesh, sizes_of; from configs.schema import MeshConfig\n"
+        f"for name, (data, fsdp) in {cases}.items():\n"
+        "    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), aot.topology_devices(find_topology(name)))\n"
+        "    sizes = sizes_of(mesh)\n"
+        "    print(name, sizes['data'], sizes['fsdp'], len({d.id for d in mesh.devices.flat}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split("\n")[:-1] == ["v5p-8192 64 64 4096", "v5e-256 32 8 256"]
+
+
 def test_small_programs_compile_to_what_was_kept_of_them(tmp_path):
     """A newer compiler may schedule otherwise; it still multiplies and sends the same."""
     subprocess.run([sys.executable, "tests/golden/make_hlo.py", str(tmp_path)], cwd=ROOT, check=True)
