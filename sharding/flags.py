@@ -29,13 +29,13 @@ OFFLOAD = tuple(
     Flag(
         f"xla_tpu_enable_sparse_core_collective_offload_{kind}",
         "true",
-        f"SparseCores {does} while the core computes; a core of this generation can't do both",
+        f"SparseCores {does} while the core computes, which would wait for it otherwise",
     )
     for kind, does in (("all_gather", "gather"), ("reduce_scatter", "reduce and scatter"), ("all_reduce", "reduce"))
 )
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "TPU v5 lite": (GATHERS,),
-    "TPU v6 lite": (GATHERS, *OFFLOAD),  # TPU7x offloads without being told to
+    "TPU v6 lite": (GATHERS, *OFFLOAD),  # TPU7x does by itself, as MaxText's library of flags says
 }
 
 
