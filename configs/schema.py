@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
+from configs.shared_images import check_shared_images, whole_images
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
 _MATH = ("recompile", "result")  # same arrays, another computation
@@ -450,17 +451,8 @@ class Config:
                 f"{self.data.show('sequence_length')} is not a multiple of {self.mesh.show('sequence')}, the devices "
                 f"that share a sequence"
             )
-        if (
-            isinstance(self.data, ImageData)
-            and self.mesh.sequence > 1
-            and self.data.image_size % (2 * self.mesh.sequence)
-        ):
-            near = [n for n in range(2, self.data.image_size // 2 + 1) if self.data.image_size % (2 * n) == 0]
-            closest = min(near, key=lambda n: abs(n - self.mesh.sequence), default=1)
-            raise ConfigError(
-                f"{self.mesh.show('sequence')} devices can't share the {self.data.image_size} rows of an image "
-                f"({self.data.show('image_size')}) in pairs: the nearest number that can is {closest}"
-            )
+        if isinstance(self.data, ImageData):
+            check_shared_images(self.data, self.mesh)
         check_remat(self.model, self.trainer)
         if image and self.trainer.z_loss:
             raise ConfigError(
@@ -482,24 +474,10 @@ class Config:
         """What is allowed but may not be meant, a sentence each."""
         model, data = self.model, self.data
         if isinstance(model, NFNetConfig) or isinstance(data, ImageData):
-            return self._whole_images()
+            return whole_images(model, data, self.mesh)
         if model.window <= data.sequence_length:
             return []
         return [f"{model.show('window')} is longer than {data.show('sequence_length')}: attention sees whole rows"]
-
-    def _whole_images(self) -> list[str]:
-        """Where devices that share an image stop to."""
-        assert isinstance(self.model, NFNetConfig)
-        assert isinstance(self.data, ImageData)
-        rows, devices = self.data.image_size, self.mesh.sequence
-        for _ in range(len(self.model.widths) + 1):  # two strides of 2 in the stem, one in every stage but the first
-            if devices > 1 and rows % (2 * devices):
-                return [
-                    f"{self.mesh.show('sequence')} devices share an image's rows until {rows} are left, which they can't "
-                    f"halve: from there on each takes whole images"
-                ]
-            rows //= 2
-        return []
 
 
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Config) if f.name != "name")

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from configs.schema import NFNetConfig
-from models.params import Init, Initialiser, Spec, normal, ones, truncated_normal, zeros
+from models.params import Init, Initialiser, normal, ones, truncated_normal, zeros
 from models.remat import Remat, named, rematted
 from models.sequence import left_halo, right_halo
 
@@ -170,11 +170,6 @@ def conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int = 1, grou
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes that divide one dimension."""
     return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def divided_rows(images: jax.Array, spec: Spec) -> jax.Array:
-    """Images BHWC with their rows on the devices that share an image."""
-    return jax.sharding.reshard(images, spec("batch", "seq", None, None))
 
 
 def for_stride(x: jax.Array, stride: int) -> jax.Array:
@@ -346,7 +341,7 @@ class NFNet(nnx.Module):
         `remat` of "layer", or of names, recomputes each block in the backward pass.
         """
         config = self.config
-        x = divided_rows(images.astype(dtype), self.spec)
+        x = jax.sharding.reshard(images.astype(dtype), self.spec("batch", "seq", None, None))
         for i, stride in enumerate(STEM_STRIDES):  # no activation after the last one: blocks start with theirs
             x = x if i == 0 else scaled_gelu(x, config.gelu_approximate)
             x = self.stem[f"conv_{i}"](for_stride(x, stride))

@@ -34,7 +34,7 @@ FAMILIES = {
     "gemma 1": ("gemma-2b", GEMMA | dict(num_kv_heads=1, depth=2, padding_rows=8)),
     "gemma 2": ("gemma2-2b", GEMMA | dict(depth=2, padding_rows=8)),
     "gemma 3": ("gemma3-4b", GEMMA | dict(pattern=("local", "global"), depth=3)),
-    "nfnet": ("nfnet-tiny", dict(widths=(32, 64), depths=(1, 1), stem_widths=(8, 8, 8, 16), group_width=8, head_width=64)),
+    "nfnet": ("nfnet-tiny", dict(widths=(32, 64), depths=(1, 3), stem_widths=(8, 8, 8, 16), group_width=8, head_width=64)),
     "griffin, uneven": (
         "griffin-100m",
         UNEVEN | dict(pattern=("rec", "attn"), depth=2, rnn_width=36, num_gate_blocks=3),
@@ -73,6 +73,7 @@ FEW = {
     "gemma 3": "data 2, fsdp 2, tensor 2",
     "griffin, uneven": "fsdp 2, tensor 4",
     "gemma, uneven": "fsdp 8",
+    "nfnet": "data 2, sequence 4",  # of 16 rows; whole images from stage 1 on
     "nfnet, uneven": "data 2, fsdp 4, 2 microbatches",
 }
 ALONE = MeshConfig(data=1)
