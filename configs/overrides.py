@@ -15,6 +15,7 @@ from typing import Any
 from configs import EXPERIMENTS
 from configs.fields import Leaf, build, fields_of, kinds_of, values_of
 from configs.schema import KINDS, Config, ConfigError
+from configs.section import perhaps as near_name
 from configs.section import type_name
 from configs.store import FILE_NAME, parse_tree, read_text, values_in, whole_kinds
 from configs.suggestions import nearest, unknown_field
@@ -55,6 +56,8 @@ def _layered(
     argv: Sequence[str],
     options: Mapping[str, str],
 ) -> Resolved:
+    kinds, argv = _other_data(kinds, argv)
+    values = {path: value for path, value in values.items() if path in fields_of(kinds)}
     files, given, taken = _split(argv, kinds, options)
     for path in files:
         text, origin = read_text(path)
@@ -67,7 +70,7 @@ def _layered(
         config = build(kinds, values)
     except ConfigError as error:
         raise ConfigError(f"{error}{_from_files(str(error), sources)}") from None
-    return Resolved(config, {path: sources[path] for path in values_of(config)}, taken)
+    return Resolved(config, {path: sources.get(path, DEFAULT) for path in values_of(config)}, taken)
 
 
 def _start(name_or_file: str) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
@@ -88,6 +91,25 @@ def _start(name_or_file: str) -> tuple[dict[str, str], dict[str, Any], dict[str,
     kinds = whole_kinds(tree, origin)
     values = values_in(tree, kinds, origin)
     return kinds, values, dict.fromkeys(fields_of(kinds), DEFAULT) | dict.fromkeys(values, f"file {origin}")
+
+
+def _other_data(kinds: dict[str, str], argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`--data.kind KIND` puts another data section in place of the config's; fields that both have keep their values."""
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        if key != "--data.kind":
+            words.append(word)
+            continue
+        value = value if equals else rest.pop(0) if rest else ""
+        if value not in KINDS["data"]:
+            raise ConfigError(
+                f"data.kind={value!r} is not one of {', '.join(KINDS['data'])}{near_name(value, list(KINDS['data']))}"
+            )
+        kinds = {**kinds, "data": value}
+    return kinds, words
 
 
 def _split(

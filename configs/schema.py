@@ -204,6 +204,65 @@ class TextData(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreparedData(Section):
+    """Documents that `podwright data prepare` tokenised, from one folder or several in fixed shares."""
+
+    section: ClassVar[str] = "data"
+    kind: ClassVar[str] = "prepared"
+    sources: tuple[str, ...] = setting(
+        ("prepared",), "folders that `podwright data prepare` made (gs://, too)", changes=_DATA
+    )
+    weights: tuple[float, ...] = setting(
+        (), "how much of the rows comes from each source; empty: by their sizes", low=0, changes=_DATA
+    )
+    stages: tuple[str, ...] = setting(
+        (), "other weights from a step on, STEP:WEIGHT:WEIGHT..., in the steps' order", changes=_DATA
+    )
+    packing: str = setting(
+        "concat",
+        "documents end to end, cut anywhere, or pieces of at most a row, each where it fits",
+        choices=("concat", "first-fit", "best-fit"),
+        changes=_DATA,
+    )
+    sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
+    batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
+    seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
+
+    def check(self) -> None:
+        if self.weights:
+            self.check_weights("weights", self.weights)
+        last = 0
+        for stage in self.stages:
+            step, weights = self.stage(stage)
+            if step <= last:
+                raise ConfigError(
+                    f"{self.show('stages')} has step {step} after step {last}: later steps must follow, from step 1 on"
+                )
+            self.check_weights("stages", weights)
+            last = step
+
+    def stage(self, text: str) -> tuple[int, tuple[float, ...]]:
+        try:
+            step, *weights = text.split(":")
+            return int(step), tuple(map(float, weights))
+        except ValueError:
+            raise ConfigError(f"{self.show('stages')}: {text!r} is not STEP:WEIGHT:WEIGHT...") from None
+
+    def check_weights(self, name: str, weights: tuple[float, ...]) -> None:
+        if len(weights) != len(self.sources):
+            raise ConfigError(
+                f"{self.show(name)} has {len(weights)} weights for the {len(self.sources)} of data.sources"
+            )
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+            raise ConfigError(f"{self.show(name)} must have weights of at least 0, one of them above it")
+
+    def stages_of(self, sizes: list[int]) -> list[tuple[int, list[float]]]:
+        """(first step, share of each source) of every stage; sources of `sizes` rows."""
+        stages = [(0, self.weights or tuple(map(float, sizes))), *map(self.stage, self.stages)]
+        return [(step, [weight / sum(weights) for weight in weights]) for step, weights in stages]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatData(Section):
     """Records of JSON lines, {"prompt": ..., "response": ...} or {"text": ...}; of prompts nothing is learned."""
 
@@ -416,7 +475,8 @@ class EvalConfig(Section):
 
 
 ModelConfig = GriffinConfig | GemmaConfig | NFNetConfig
-DataConfig = TextData | ChatData | RecallData | ImageData
+TokenizedData = TextData | PreparedData | ChatData  # what has a tokenizer
+DataConfig = TextData | PreparedData | ChatData | RecallData | ImageData
 
 
 @dataclass(frozen=True, kw_only=True)

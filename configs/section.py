@@ -40,7 +40,7 @@ def divides(section: "Section", divisor: str, number: str) -> None:
 
 def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
-        return {int: "whole numbers", str: "words"}[typing.get_args(hint)[0]] + " separated by commas"
+        return {int: "whole numbers", float: "numbers", str: "words"}[typing.get_args(hint)[0]] + " separated by commas"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
 
 

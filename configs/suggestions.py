@@ -32,7 +32,13 @@ def unknown_field(given: str, path: str, kinds: Mapping[str, str], options: Coll
         return ConfigError(f"{given} is a section, {dashes}{section}.FIELD sets one of its fields {in_section}")
     of_kinds = [k for k, cls in KINDS.get(section, {}).items() if leaf in {f.name for f in dataclasses.fields(cls)}]
     if of_kinds:
-        return ConfigError(f"{given} is a field of {' and '.join(of_kinds)}, but {section}.kind is {kinds[section]}")
+        rows_of_tokens = [hasattr(KINDS[section][kind], "sequence_length") for kind in (kinds[section], of_kinds[0])]
+        other = (
+            f": add --data.kind {of_kinds[0]} for it" if dashes and section == "data" and all(rows_of_tokens) else ""
+        )
+        return ConfigError(
+            f"{given} is a field of {' and '.join(of_kinds)}, but {section}.kind is {kinds[section]}{other}"
+        )
     if found := _near_paths(path, paths, options):
         return ConfigError(f"{given} is not a field, perhaps {' or '.join(dashes + p for p in found)}")
     if section in SECTIONS:

@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ChatData, DataConfig, ImageData, RecallData, TextData
+from configs.schema import ChatData, DataConfig, ImageData, PreparedData, RecallData, TextData
 from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
+from data.prepared import open_prepared
 from data.recall import open_recall
 from data.text import open_text
 
 SOURCES: dict[str, Callable[[Any], Dataset]] = {
     TextData.kind: open_text,
+    PreparedData.kind: open_prepared,
     ChatData.kind: open_chat,
     RecallData.kind: open_recall,
     ImageData.kind: open_images,

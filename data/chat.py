@@ -12,6 +12,7 @@ import numpy as np
 from configs.schema import ChatData, ConfigError
 from data.dataset import Batch, DataError, Dataset, count_reasons, is_held_out, manifest_of
 from data.order import ALGORITHM
+from data.packing import Part, fill_rows
 from data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "chat-1"  # how records become rows: part of every manifest
@@ -45,27 +46,9 @@ class PackedRows:
         return len(self.rows)
 
     def read(self, indices: np.ndarray) -> Batch:
-        """Rows [B] by number, int64 [B]. Fields as of `data.text.Rows`; segment_pos is -1 and segment_ids 0 in padding,
-        weights are 1 where the target belongs to a response."""
-        shape = (len(indices), self.length)
-        tokens, targets, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-        segment_pos, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        for row, index in enumerate(indices):
-            start = 0
-            for number, example in enumerate(self.rows[index], start=1):
-                place = (row, slice(start, start + len(example)))
-                tokens[place], targets[place] = example.ids[:-1], example.ids[1:]
-                segment_pos[place], segment_ids[place] = np.arange(len(example)), number
-                weights[row, start + example.learned_from - 1 : start + len(example)] = 1
-                start += len(example)
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "segment_pos": segment_pos,
-            "segment_ids": segment_ids,
-            "weights": weights,
-            "target_bytes": (self.token_bytes[targets] * (weights > 0)).sum(axis=1, dtype=np.int32),
-        }
+        """Rows [B] by number, int64 [B]. Fields as of `data.packing.fill_rows`; what is learned are responses."""
+        rows = [[Part(example.ids, 0, example.learned_from) for example in self.rows[i]] for i in indices]
+        return fill_rows(rows, self.length, self.token_bytes)
 
 
 def open_chat(config: ChatData) -> Dataset:

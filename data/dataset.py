@@ -47,6 +47,7 @@ class Dataset:
     summary: tuple[str, ...]  # what was found, at most two lines
     skipped: list[tuple[str, str]]  # (path, or file:line of a record, reason), in that order
     unit: str = "file"  # what is skipped
+    shuffled: bool = True  # `train` is read in the order of data.order; False: by position, it has an order of its own
     rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
 
     @property
@@ -57,7 +58,8 @@ class Dataset:
         """This host's rows of batch `step`: arrays [b, ...]. Steps count from 0 and never run out."""
         if step < 0:
             raise ValueError(f"step {step} is before the first batch, 0")
-        return self.train.read(example_at(self._positions(step), len(self.train), self.seed))
+        positions = self._positions(step)
+        return self.train.read(example_at(positions, len(self.train), self.seed) if self.shuffled else positions)
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """train_batch(start_step), train_batch(start_step + 1), ...: endless, read ahead in threads from this call on.

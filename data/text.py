@@ -36,18 +36,28 @@ class Rows:
         target_bytes     int32 [B]: bytes of text behind the row's weighted targets
         """
         at = indices[:, None] * self.length + np.arange(self.length + 1)
-        ids = self.tokens[at].astype(np.int32)
-        document = np.searchsorted(self.starts, at[:, :-1], side="right") - 1
-        targets = ids[:, 1:]
-        predicted = self.tokens[self.starts[0]] != targets  # all but BOS, which every document starts with
-        return {
-            "tokens": np.ascontiguousarray(ids[:, :-1]),
-            "targets": np.ascontiguousarray(targets),
-            "segment_pos": (at[:, :-1] - self.starts[document]).astype(np.int32),
-            "segment_ids": (document - document[:, :1] + 1).astype(np.int32),
-            "weights": predicted.astype(np.float32),
-            "target_bytes": (self.token_bytes[targets] * predicted).sum(axis=1, dtype=np.int32),
-        }
+        document = np.searchsorted(self.starts, at[:, 0], side="right") - 1
+        bos = int(self.tokens[self.starts[0]])
+        return row_fields(self.tokens[at].astype(np.int32), at[:, 0] - self.starts[document], bos, self.token_bytes)
+
+
+def row_fields(ids: np.ndarray, position: np.ndarray, bos: int, token_bytes: np.ndarray) -> Batch:
+    """The fields of `Rows.read` for ids, int32 [B, T + 1], in which every BOS starts a document and nothing else does;
+    position: int64 [B], place of each row's first token in its document."""
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    starts = tokens == bos
+    starts[:, 0] = False
+    at = np.arange(tokens.shape[1])
+    begun = np.maximum.accumulate(np.where(starts, at, 0), axis=1)  # where the document of each token begins in the row
+    predicted = targets != bos
+    return {
+        "tokens": np.ascontiguousarray(tokens),
+        "targets": np.ascontiguousarray(targets),
+        "segment_pos": (at - begun + np.where(begun > 0, 0, position[:, None])).astype(np.int32),
+        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32) + np.int32(1),
+        "weights": predicted.astype(np.float32),
+        "target_bytes": (token_bytes[targets] * predicted).sum(axis=1, dtype=np.int32),
+    }
 
 
 def open_text(config: TextData) -> Dataset:

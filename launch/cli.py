@@ -117,6 +117,13 @@ def profile(argv: list[str]) -> int:
     return main(argv)
 
 
+def data(argv: list[str]) -> int:
+    """text into tokenised shards, and what is in them: data prepare SOURCE --to DIR, data inspect DIR, data verify DIR"""
+    from launch.data_commands import main
+
+    return main(argv)
+
+
 def study(argv: list[str]) -> int:
     """train and compare the models of a study: study NAME [--to DIR] [--full] [--section.field VALUE]"""
     from launch.study import main
@@ -152,6 +159,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_checkpoint,
     "export": export,
     "profile": profile,
+    "data": data,
     "study": study,
 }
 

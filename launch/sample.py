@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from configs.schema import ChatData, TextData
+    from configs.schema import TokenizedData
     from data.tokenizers import Tokenizer
 
 
@@ -89,11 +89,11 @@ class Sampler:
     """
 
     def __init__(self, options: argparse.Namespace, prompts: list[str]):
-        from configs.schema import ChatData, ConfigError, TextData
+        from configs.schema import ConfigError, TokenizedData
         from trainer.evaluate import read_config
 
         self.config = config = read_config(options.run)
-        if not isinstance(config.data, TextData | ChatData):
+        if not isinstance(config.data, TokenizedData):
             raise ConfigError(f"{options.run} was trained on {config.data.kind}: only text runs continue a prompt")
         self.options, self.prompts, self.data = options, prompts, config.data
         self.figures = ""
@@ -147,16 +147,19 @@ class Sampler:
             self.figures = f"{count} tokens{rate}; {memory(model, dtype, length)}"
 
 
-def run_tokenizer(run: str, data: "TextData | ChatData") -> "Tokenizer":
+def run_tokenizer(run: str, data: "TokenizedData") -> "Tokenizer":
     """The tokenizer a run was trained with. Raises DataError when it is missing or another one by now."""
-    from configs.schema import ChatData
+    from configs.schema import ChatData, PreparedData
     from data.chat import open_chat_tokenizer
+    from data.prepared import open_prepared_tokenizer
     from data.text import open_tokenizer
     from trainer.run_folder import read_manifest
 
     # An imported run has met no data yet, and its tokenizer is a file of its own.
     met_data = (pathlib.Path(run).expanduser() / "data_manifest.json").exists()
     manifest = read_manifest(run) if met_data else None
+    if isinstance(data, PreparedData):
+        return open_prepared_tokenizer(data, manifest)
     return open_chat_tokenizer(data, manifest) if isinstance(data, ChatData) else open_tokenizer(data, manifest)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.schema import ChatData, Config, ConfigError, MeshConfig, TextData
+from configs.schema import Config, ConfigError, MeshConfig, TokenizedData
 from data.tokenizers import Tokenizer
 from launch.sample import Spelling, run_tokenizer
 from models.decode import ENDED, Draw, generate
@@ -32,7 +32,7 @@ LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens
 def text_config(run: str) -> Config:
     """Raises ConfigError if `run` isn't of text, StorageError if it is no run."""
     config = read_config(run)
-    if not isinstance(config.data, TextData | ChatData):
+    if not isinstance(config.data, TokenizedData):
         raise ConfigError(f"{run} was trained on {config.data.kind}: only text runs answer tasks")
     return config
 
@@ -40,7 +40,7 @@ def text_config(run: str) -> Config:
 def open_scorer(run: str) -> tuple["Scorer", int]:
     """A scorer and the step of the checkpoint it reads. Raises ConfigError, DataError or StorageError."""
     config = text_config(run)
-    assert isinstance(config.data, TextData | ChatData)
+    assert isinstance(config.data, TokenizedData)
     tokenizer = run_tokenizer(run, config.data)
     check_fits(config, {"needs": {"vocab_size": tokenizer.vocab_size}})
     simulate_devices(config.mesh)
@@ -60,7 +60,7 @@ class Scorer:
     """Each text starts with BOS and is cut on the left to the T = data.sequence_length tokens of the run's own rows."""
 
     def __init__(self, config: Config, model: Any, tokenizer: Tokenizer, mesh: Mesh):
-        assert isinstance(config.data, TextData | ChatData)
+        assert isinstance(config.data, TokenizedData)
         self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
         self.length = config.data.sequence_length
         self.batch = rounded_up(config.data.batch_size, rules_for(mesh).size("batch", mesh))

@@ -173,6 +173,7 @@ def check_fits(config: Config, manifest: dict) -> None:
 
 TASKS: dict[str, Callable[[Config], Task]] = {
     "text": language_modelling,
+    "prepared": language_modelling,
     "chat": language_modelling,
     "recall": recall,
     "images": image_classification,

@@ -1,0 +1,1 @@
+"""From raw files to tokenised shards: what `podwright data prepare` does."""

@@ -1,0 +1,261 @@
+"""Rows cut out of folders that `podwright data prepare` made, on this machine or in cloud storage, in any mixture."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import PreparedData
+from data.dataset import Batch, DataError, Dataset, Examples, manifest_of
+from data.files import read_file
+from data.mixture import InOrder, Mixture
+from data.order import ALGORITHM
+from data.packing import PACKINGS, Part, fill_rows, pieces_of
+from data.text import row_fields
+from data.token_shards import DOCUMENTS, TokenStream
+from data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = "tokens-1"  # how documents become shards: part of every manifest
+MANIFEST = "manifest.json"
+FILES = "files.json"  # where the documents came from, by number
+MODEL = "tokenizer.model"
+CACHE = "~/.cache/podwright/packing"
+PLAN = "plan-1"  # how documents are packed: part of every manifest, and of a plan's file name
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Row r holds tokens [r*T, r*T + T] of the documents laid end to end, so that each token is once a target."""
+
+    stream: TokenStream
+    length: int  # T
+    token_bytes: np.ndarray  # int32 [vocab]
+
+    def __len__(self) -> int:
+        return max(len(self.stream) - 1, 0) // self.length
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Rows [B] by number, int64 [B]. Fields as of `data.text.Rows`."""
+        ids, position, _ = self.stream.cut(indices * self.length, np.full(len(indices), self.length + 1))
+        return row_fields(np.stack(ids).astype(np.int32), position, self.stream.bos_id, self.token_bytes)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of pieces that share them, by a plan."""
+
+    stream: TokenStream
+    length: int
+    token_bytes: np.ndarray
+    ends: np.ndarray  # int64 [rows]: pieces up to a row's end
+    starts: np.ndarray  # int64 [pieces]: first id in the stream
+    positions: np.ndarray  # int64 [pieces]: its place in its document
+    places: np.ndarray  # int32 [pieces]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Rows [B] by number, int64 [B]. Fields as of `data.packing.fill_rows`."""
+        first = np.where(indices > 0, self.ends[indices - 1], 0)
+        counts = self.ends[indices] - first
+        pieces = np.repeat(first, counts) + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        ids, _, _ = self.stream.cut(self.starts[pieces], self.places[pieces] + 1)
+        parts = [Part(one.astype(np.int32), int(at)) for one, at in zip(ids, self.positions[pieces], strict=True)]
+        rows = np.split(np.arange(len(parts)), np.cumsum(counts)[:-1])
+        return fill_rows([[parts[i] for i in row] for row in rows], self.length, self.token_bytes)
+
+
+def open_prepared(config: PreparedData) -> Dataset:
+    """Raises DataError where a source cannot be read, or the sources have other tokenizers than one another."""
+    manifests = [read_manifest(source) for source in config.sources]
+    check_tokenizers(config, manifests)
+    tokenizer = tokenizer_of(config.sources[0], manifests[0])
+    opened = [
+        {split: open_split(config, source, manifest, split, tokenizer) for split in ("train", "held_out")}
+        for source, manifest in zip(config.sources, manifests, strict=True)
+    ]
+    train: list[Examples] = [splits["train"] for splits in opened]
+    for source, rows in zip(config.sources, train, strict=True):
+        if not len(rows):
+            raise DataError(
+                f"{source} has fewer training tokens than one row of data.sequence_length={config.sequence_length}: lower it"
+            )
+    held_out = InOrder([splits["held_out"] for splits in opened])
+    if not len(held_out):
+        raise DataError(
+            f"the held-out documents of {', '.join(config.sources)} are fewer tokens than one row of "
+            f"data.sequence_length={config.sequence_length}: lower it"
+        )
+    stages = config.stages_of([len(rows) for rows in train])
+    seeds = [seed_of(config.seed, manifest["hash"]) for manifest in manifests]
+    mixture = Mixture(train, seeds, [(step * config.batch_size, shares) for step, shares in stages])
+    content = {
+        "kind": config.kind,
+        "format": PLAN,
+        "order": ALGORITHM,
+        "sequence_length": config.sequence_length,
+        "batch_size": config.batch_size,
+        "packing": config.packing,
+        "sources": [manifest["hash"] for manifest in manifests],
+        "stages": stages,
+        "tokenizer": manifests[0]["tokenizer"],
+        "needs": {"vocab_size": tokenizer.vocab_size},
+    }
+    counts = {
+        "folders": list(config.sources),
+        "train_rows": [len(rows) for rows in train],
+        "held_out_rows": len(held_out),
+        "skipped": 0,
+    }
+    return Dataset(
+        manifest=manifest_of(content, counts),
+        train=mixture,
+        held_out=held_out,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        summary=summary(config, manifests, opened, stages),
+        skipped=[],
+        shuffled=False,
+    )
+
+
+def summary(config: PreparedData, manifests: list[dict], opened: list[dict], stages: list) -> tuple[str, ...]:
+    lines = []
+    for number, (source, manifest, splits) in enumerate(zip(config.sources, manifests, opened, strict=True)):
+        counts = manifest["counts"]
+        shares = " then ".join(f"{100 * shares[number]:.3g} %" for _, shares in stages)
+        lines.append(
+            f"{source}: {counts['train documents']:,} training documents, {counts['train tokens']:,} tokens in "
+            f"{len(splits['train']):,} rows of {config.sequence_length}{fill(config, splits['train'])}"
+            + (f"; {shares} of the rows read" if len(manifests) > 1 else "")
+        )
+    tokenizer = manifests[0]["tokenizer"]
+    return (*lines, f"tokenizer {tokenizer['spec']} of {tokenizer['vocab_size']:,} ids; licence: {licences(manifests)}")
+
+
+def licences(manifests: list[dict]) -> str:
+    return ", ".join(dict.fromkeys(manifest["license"] for manifest in manifests))
+
+
+def fill(config: PreparedData, rows: Any) -> str:
+    if not isinstance(rows, PackedRows):
+        return ""
+    return f", {rows.places.sum() / (len(rows) * config.sequence_length):.1%} full by {config.packing}"
+
+
+def seed_of(seed: int, source: str) -> int:
+    """Sources of equal length have orders of their own, and other sources beside it don't change one's order."""
+    return int.from_bytes(hashlib.sha256(f"podwright {seed} {source}".encode()).digest()[:8], "big")
+
+
+def check_tokenizers(config: PreparedData, manifests: list[dict]) -> None:
+    prints = [manifest["tokenizer"]["fingerprint"] for manifest in manifests]
+    for source, other in zip(config.sources[1:], prints[1:], strict=True):
+        if other != prints[0]:
+            raise DataError(
+                f"{source} was tokenised by {other[:24]}, but {config.sources[0]} by {prints[0][:24]}: prepare both with one"
+            )
+
+
+def tokenizer_of(source: str, manifest: dict[str, Any]) -> Tokenizer:
+    """The one that a prepared folder holds."""
+    spec = "bytes" if manifest["tokenizer"]["fingerprint"].startswith("bytes") else f"{source.rstrip('/')}/{MODEL}"
+    return load_tokenizer(spec, manifest=manifest)
+
+
+def open_prepared_tokenizer(config: PreparedData, manifest: dict[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer alone. With the run's manifest, another one than the run's is refused."""
+    return tokenizer_of(config.sources[0], manifest or read_manifest(config.sources[0]))
+
+
+def open_split(config: PreparedData, source: str, manifest: dict, split: str, tokenizer: Tokenizer) -> Any:
+    shards = manifest["splits"][split]
+    folder = source.rstrip("/") if "://" in source else str(Path(source).expanduser())
+    stream = TokenStream(
+        [f"{folder}/{shard['file']}" for shard in shards],
+        [shard["tokens"] for shard in shards],
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+    )
+    rows = SplitRows(stream, config.sequence_length, tokenizer.token_bytes)
+    if config.packing == "concat":
+        return rows
+    return PackedRows(stream, rows.length, rows.token_bytes, **packing_plan(config, folder, manifest, split))
+
+
+def packing_plan(config: PreparedData, folder: str, manifest: dict, split: str) -> dict[str, np.ndarray]:
+    """The fields of PackedRows, computed once and kept: each shard is packed by itself."""
+    name = f"{PLAN}-{config.packing}-{config.sequence_length}-{split}-{manifest['hash']}"
+    cache = Path(CACHE).expanduser() / name
+    fields = ("ends", "starts", "positions", "places")
+    if not (cache / "done").exists():
+        shards = manifest["splits"][split]
+        offsets = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        parts = [pack_shard(config, folder, shard, int(at)) for shard, at in zip(shards, offsets[:-1], strict=True)]
+        rows = np.cumsum([0, *(len(part["places"]) for part in parts)])
+        for part, before in zip(parts, rows[:-1], strict=True):
+            part["ends"] += before
+        cache.mkdir(parents=True, exist_ok=True)
+        for field in fields:
+            whole = np.concatenate([part[field] for part in parts]) if parts else np.zeros(0, np.int64)
+            half = cache / f".{field}.{np.random.default_rng().integers(2**62)}"
+            with open(half, "wb") as out:
+                np.save(out, whole)
+            half.replace(cache / f"{field}.npy")
+        (cache / "done").touch()
+    return {field: np.load(cache / f"{field}.npy", mmap_mode="r") for field in fields}
+
+
+def pack_shard(config: PreparedData, folder: str, shard: dict, offset: int) -> dict[str, np.ndarray]:
+    starts = documents_of(folder, shard)["start"]
+    document, first, places = pieces_of(np.diff(starts, append=shard["tokens"]), config.sequence_length)
+    row = PACKINGS[config.packing](places, config.sequence_length)
+    order = np.argsort(row, kind="stable")
+    counts = np.bincount(row)
+    return {
+        "ends": np.cumsum(counts),
+        "starts": offset + starts[document[order]] + first[order],
+        "positions": first[order],
+        "places": places[order].astype(np.int32),
+    }
+
+
+def documents_of(folder: str, shard: dict) -> np.ndarray:
+    """DOCUMENTS of a shard. Raises DataError."""
+    file = f"{folder}/{shard['file'].removesuffix('.arrayrecord')}.documents.npy"
+    try:
+        table = np.load(io.BytesIO(read_file(file)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    if table.dtype != DOCUMENTS or len(table) != shard["documents"]:
+        raise DataError(f"{file} is damaged: `podwright data verify` says what else is")
+    return table
+
+
+def files_of(folder: str) -> list[str]:
+    """Raises DataError."""
+    try:
+        return json.loads(read_file(f"{folder}/{FILES}"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}/{FILES} cannot be read: {error}") from None
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """Raises DataError if the folder does not hold prepared data."""
+    try:
+        manifest = json.loads(read_file(f"{folder.rstrip('/')}/{MANIFEST}"))
+        found = manifest["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder} holds no prepared data (no {MANIFEST}): `podwright data prepare` makes it") from None
+    except OSError as error:
+        raise DataError(f"{folder}/{MANIFEST} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{folder}/{MANIFEST} is damaged: copy it again, or prepare it again") from None
+    if found != FORMAT:
+        raise DataError(f"{folder} is of format {found}, but this version reads {FORMAT}: prepare it again")
+    return manifest

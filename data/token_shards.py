@@ -1,0 +1,139 @@
+"""Tokenised documents on disk: ArrayRecord files of equal blocks of a stream of tokens, which any row can be cut out of.
+
+A shard is its documents laid end to end, BOS before each. Record k holds tokens [k * BLOCK, (k + 1) * BLOCK) of it behind
+two numbers: which document of the shard the first token belongs to, and its place in that document. So a row needs the
+blocks that it touches and nothing else: no index in memory, and a document of a gigabyte costs no more than others. Beside
+a shard stands DOCUMENTS, a row of numbers a document, for those who want to know where a text came from.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.dataset import DataError
+
+BLOCK = 4096  # tokens
+HEADER = np.dtype([("document", "<i8"), ("position", "<i8")])
+DOCUMENTS = np.dtype(
+    [
+        ("start", "<i8"),  # of its BOS in the shard's stream
+        ("file", "<i8"),  # number of the file that it came from, in the manifest
+        ("place", "<i8"),  # in that file: a byte, or a row
+        ("bytes", "<i8"),  # of its text
+    ]
+)
+WRITER_OPTIONS = "group_size:1"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def records_of(stream: np.ndarray, starts: np.ndarray) -> Iterable[bytes]:
+    """The records of a shard: its tokens [n], and where its documents start in them."""
+    for at in range(0, len(stream), BLOCK):
+        document = int(np.searchsorted(starts, at, side="right")) - 1
+        yield np.array((document, at - starts[document]), HEADER).tobytes() + stream[at : at + BLOCK].tobytes()
+
+
+@dataclass
+class TokenStream:
+    """The shards of a split, end to end."""
+
+    files: list[str]  # paths, or gs:// addresses
+    tokens: list[int]  # of each
+    vocab_size: int
+    bos_id: int
+
+    def __post_init__(self) -> None:
+        self.ends = np.cumsum(self.tokens)
+        self.readers: list[Any] = [None] * len(self.files)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "readers": [None] * len(self.files)}  # a file is opened where it is read
+
+    def cut(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """The tokens [start, start + length) of the stream, for each pair.
+
+        Returns the tokens of each, the place of the first in its document, int64 [n], and the number of this document
+        over all shards' own counts, int64 [n, 2]: shard, and document in it. Raises DataError where a shard can't be read.
+        """
+        blocks: dict[tuple[int, int], bytes] = {}
+        spans = [self._spans(int(a), int(n)) for a, n in zip(starts, lengths, strict=True)]
+        wanted: dict[int, set[int]] = {}
+        for span in spans:
+            for shard, first, last in span:
+                wanted.setdefault(shard, set()).update(range(first // BLOCK, (last - 1) // BLOCK + 1))
+        for shard, numbers in wanted.items():
+            ordered = sorted(numbers)
+            blocks |= {(shard, k): record for k, record in zip(ordered, self._read(shard, ordered), strict=True)}
+        pieces, positions, documents = [], np.empty(len(spans), np.int64), np.empty((len(spans), 2), np.int64)
+        dtype = token_dtype(self.vocab_size)
+        for row, span in enumerate(spans):
+            parts = []
+            for shard, first, last in span:
+                for k in range(first // BLOCK, (last - 1) // BLOCK + 1):
+                    ids = np.frombuffer(blocks[shard, k], dtype, offset=HEADER.itemsize)
+                    parts.append(ids[max(first - k * BLOCK, 0) : last - k * BLOCK])
+            shard, first, _ = span[0]
+            positions[row], documents[row, 1] = self._place(blocks[shard, first // BLOCK], first % BLOCK)
+            documents[row, 0] = shard
+            pieces.append(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        return pieces, positions, documents
+
+    def _spans(self, start: int, length: int) -> list[tuple[int, int, int]]:
+        """(shard, first, last) of [start, start + length), a span a shard."""
+        found, end = [], start + length
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        while start < end:
+            base = int(self.ends[shard]) - self.tokens[shard]
+            last = min(end, int(self.ends[shard]))
+            if last > start:
+                found.append((shard, start - base, last - base))
+            start, shard = last, shard + 1
+        return found
+
+    def _place(self, record: bytes, offset: int) -> tuple[int, int]:
+        """Of token `offset` of a block: its place in its document, and this document's number in the shard."""
+        header = np.frombuffer(record, HEADER, count=1)[0]
+        ids = np.frombuffer(record, token_dtype(self.vocab_size), offset=HEADER.itemsize)
+        begun = np.flatnonzero(ids[1 : offset + 1] == self.bos_id) + 1
+        if len(begun):
+            return offset - int(begun[-1]), int(header["document"]) + len(begun)
+        return offset + int(header["position"]), int(header["document"])
+
+    def _read(self, shard: int, numbers: list[int]) -> list[bytes]:
+        try:
+            if self.readers[shard] is None:
+                self.readers[shard] = open_records(self.files[shard])
+            records = self.readers[shard].read(numbers)
+        except Exception as error:  # the reader's own kinds: RuntimeError, IndexError
+            raise DataError(f"{self.files[shard]} cannot be read: {in_words(error)}") from None
+        return records
+
+
+def open_records(file: str) -> Any:
+    """An ArrayRecord reader for random access. Raises RuntimeError where the file is missing or cut off."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+
+
+def write_records(file: Path, records: Iterable[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def in_words(error: Exception) -> str:
+    """The first line of what a library says: the rest is for its authors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,139 @@
+"""`podwright data prepare | inspect | verify`: text into tokenised shards, and what is in them."""
+
+import json
+from typing import Any
+
+from configs.schema import ConfigError
+from launch.cli import Parser
+
+PREPARE = """\
+podwright data prepare SOURCE --to DIR
+SOURCE: 'stdlib', a file, or a folder of texts, .jsonl (.gz, .zst), .parquet, .arrow (Hugging Face) or .array_record (TFDS)
+files; tables, lines and compressed files need the extra `data`. The same command goes on where one was killed."""
+
+
+def prepare(argv: list[str]) -> int:
+    from data.prepare.pipeline import Settings
+    from data.prepare.pipeline import prepare as run
+
+    parser = Parser(prog="podwright data prepare", usage=PREPARE)
+    parser.add_argument("source")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a new folder for the shards")
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="'bytes', 'sentencepiece:N' (trained on it) or a .model file"
+    )
+    parser.add_argument("--pattern", default="", help="glob of the files below SOURCE, such as '**/*.md'")
+    parser.add_argument("--field", default="text", help="where records and tables have the text")
+    parser.add_argument("--held-out", type=share, default=0.01, help="share of documents kept for evaluation, by hash")
+    parser.add_argument(
+        "--near-duplicates",
+        type=share,
+        default=0.0,
+        metavar="SIMILARITY",
+        help="also drop documents this similar to an earlier one (Jaccard of runs of 5 words, estimated), such as 0.8",
+    )
+    parser.add_argument("--max-bytes", type=count, default=100 * 10**6, help="a longer document is unusable")
+    parser.add_argument("--max-bad", type=share, default=0.1, help="share of documents that may be unusable")
+    parser.add_argument("--license", default="", help="a note that goes with the data")
+    parser.add_argument("--workers", type=count, default=0, help="processes; one a core unless given")
+    options = parser.parse_args(argv)
+    if not 0 < options.held_out < 1:
+        raise ConfigError(f"--held-out={options.held_out:g} leaves nothing on one side: give a share between 0 and 1")
+    manifest = run(Settings(**vars(options)), say)
+    say(*report(manifest), f"train on it with: --data.kind prepared --data.sources {options.to}")
+    return 0
+
+
+def report(manifest: dict[str, Any]) -> list[str]:
+    counts, tokenizer = manifest["counts"], manifest["tokenizer"]
+    documents = counts["documents"]
+    lines = [
+        f"documents   {documents['found']:,} found, {documents['used']:,} used, {documents['exact copies']:,} exact copies, "
+        f"{documents['near copies']:,} near copies, {documents['unusable']:,} unusable"
+    ]
+    lines += [f"unusable    {number:,} {reason}" for reason, number in counts["unusable"].items()]
+    if counts["files that cannot be read"]:
+        lines.append(
+            f"unusable    {counts['files that cannot be read']:,} files that cannot be read (bad_records.jsonl)"
+        )
+    for split in ("train", "held_out"):
+        tokens, size = counts[f"{split} tokens"], counts[f"{split} bytes"]
+        lines.append(
+            f"{split:<12}{counts[f'{split} documents']:,} documents, {tokens:,} tokens in "
+            f"{len(manifest['splits'][split]):,} shards, {size / max(tokens, 1):.2f} bytes a token"
+        )
+    lines.append(f"tokenizer   {tokenizer['spec']} of {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:32]}")
+    lines.append(f"licence     {manifest['license']}")
+    lines.append(f"hash        {manifest['hash']}")
+    return lines
+
+
+def inspect(argv: list[str]) -> int:
+    from data.prepare.inspect import examples, lengths
+    from data.prepared import read_manifest
+
+    parser = Parser(prog="podwright data inspect", usage="podwright data inspect DIR [--samples N] [--json]")
+    parser.add_argument("folder")
+    parser.add_argument("--samples", type=count, default=3, metavar="N", help="documents to show")
+    parser.add_argument("--json", action="store_true", help="the manifest, and nothing else")
+    options = parser.parse_args(argv)
+    manifest = read_manifest(options.folder)
+    if options.json:
+        print(json.dumps(manifest, indent=1))
+        return 0
+    say(*report(manifest), "", "documents by tokens (training)")
+    say(*lengths(options.folder, manifest))
+    for origin, text in examples(options.folder, manifest, options.samples):
+        say("", f"--- {origin}", text)
+    return 0
+
+
+def verify(argv: list[str]) -> int:
+    from data.prepare.inspect import damage
+    from data.prepared import DataError, read_manifest
+
+    parser = Parser(prog="podwright data verify", usage="podwright data verify DIR")
+    parser.add_argument("folder")
+    options = parser.parse_args(argv)
+    manifest = read_manifest(options.folder)
+    shards = sum(len(split) for split in manifest["splits"].values())
+    wrong = list(damage(options.folder, manifest, say))
+    if wrong:
+        raise DataError(f"{options.folder} is damaged: {len(wrong)} of {shards} shards ({'; '.join(wrong[:3])})")
+    say(f"{options.folder}: {shards} shards as they were written")
+    return 0
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify}
+
+
+def main(argv: list[str]) -> int:
+    """Raises ConfigError, DataError."""
+    import difflib
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"podwright data {' | '.join(COMMANDS)}: each tells more with --help")
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0)
+        raise ConfigError(f"there is no command data {argv[0]!r}, perhaps {near[0]}; there are {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]](argv[1:])
