@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.bad_records import taken_from
 from data.order import example_at
 
 Batch = dict[str, np.ndarray]
@@ -48,6 +49,7 @@ class Dataset:
     skipped: list[tuple[str, str]]  # (path, or file:line of a record, reason), in that order
     unit: str = "file"  # what is skipped
     shuffled: bool = True  # `train` is read in the order of data.order; False: by position, it has an order of its own
+    max_bad: float = 0.0  # share of the records read that may be unusable
     rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
 
     @property
@@ -83,9 +85,11 @@ class Dataset:
         for step in range(min(limit, count) if limit else count):
             positions = self._positions(step)
             real = positions[positions < len(self.held_out)]
+            batch = self.held_out.read(real)
+            taken_from(batch)
             yield {
                 name: np.pad(rows, [(0, len(positions) - len(real))] + [(0, 0)] * (rows.ndim - 1))
-                for name, rows in self.held_out.read(real).items()
+                for name, rows in batch.items()
             }
 
     def describe(self) -> list[str]:

@@ -20,6 +20,7 @@ from sharding.flags import compiled, compiler_options
 from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
+from trainer.bad_records import BadRecords
 from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
@@ -126,6 +127,7 @@ def train(
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
 
         batches = data.train_batches(start)
+        bad_records = BadRecords(folder.path if hosts.first() else None, data.max_bad, reporter.say)
         evaluation: dict[str, float] = {}
         pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
         reporter.start_clock()
@@ -139,7 +141,7 @@ def train(
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     asked = time.perf_counter()
                     with jax.profiler.TraceAnnotation("input"):
-                        batch = next(batches)
+                        batch = bad_records.take(step, next(batches))
                     waited = time.perf_counter() - asked
                     state, metrics = step_program(state, place(batch), teacher)
                 profiler.after(step, metrics)
