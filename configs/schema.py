@@ -227,6 +227,7 @@ class PreparedData(Section):
     sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
     batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
     seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
+    max_bad: float = setting(0.01, "share of rows that may be unreadable; above it the run stops", low=0, high=1)
 
     def check(self) -> None:
         if self.weights:

@@ -2,10 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from data.order import permuted
+
+ATTEMPTS = 20  # records that are tried in place of a bad one
+SUBSTITUTES = 0x5AB5  # seed of the order in which they are tried
 FIELD = "bad_records"  # of a batch as a source reads it; taken out before the batch goes to devices
 
 
@@ -24,3 +30,27 @@ def packed(found: list[BadRecord]) -> np.ndarray:
 def taken_from(batch: dict[str, np.ndarray]) -> list[BadRecord]:
     """Removes the field from a batch and returns what it held."""
     return [BadRecord(*one) for one in json.loads(batch.pop(FIELD).tobytes())] if FIELD in batch else []
+
+
+def with_substitutes(
+    read: Callable[[np.ndarray], Sequence[Any]], indices: np.ndarray, count: int
+) -> tuple[list[Any], list[BadRecord]]:
+    """What `read` gives for the indices, int64 [n] below `count`, in a list; another index stands for each that it gives a
+    BadRecord for. Which one depends on the bad index alone. Also returns the bad records.
+
+    Raises a ValueError if there is no end of them.
+    """
+    indices = indices.copy()
+    found: list[BadRecord] = []
+    items = list(read(indices))
+    for attempt in range(ATTEMPTS):
+        bad = [i for i, item in enumerate(items) if isinstance(item, BadRecord)]
+        if not bad:
+            return items, found
+        found += [items[i] for i in bad]
+        indices[bad] = permuted(indices[bad], count, SUBSTITUTES, attempt)
+        for i, item in zip(bad, read(indices[bad]), strict=True):
+            items[i] = item
+    raise ValueError(
+        f"{ATTEMPTS} records one after the other are bad, the last {found[-1].source} at {found[-1].place}"
+    )

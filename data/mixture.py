@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.bad_records import FIELD, packed, taken_from
 from data.dataset import Batch, Examples
 from data.order import example_at
 
@@ -79,8 +80,7 @@ class Mixture:
         batch: Batch = {}
         for number in np.unique(source):
             here = source == number
-            for name, rows in self.sources[number].read(row[here]).items():
-                batch.setdefault(name, np.empty((len(positions), *rows.shape[1:]), rows.dtype))[here] = rows
+            scatter(batch, here, self.sources[number].read(row[here]))
         return batch
 
     def epochs(self, positions: int) -> np.ndarray:
@@ -109,9 +109,17 @@ class InOrder:
         numbers, rows = self.numbers[indices], self.rows[indices]
         for number in np.unique(numbers):
             here = numbers == number
-            for name, read in self.sources[number].read(rows[here]).items():
-                batch.setdefault(name, np.empty((len(indices), *read.shape[1:]), read.dtype))[here] = read
+            scatter(batch, here, self.sources[number].read(rows[here]))
         return batch
+
+
+def scatter(batch: Batch, here: np.ndarray, part: Batch) -> None:
+    """Put the rows of `part` where `here`, bool [B], is true; bad records of both are those of the batch."""
+    bad = taken_from(batch) + taken_from(part)
+    for name, rows in part.items():
+        batch.setdefault(name, np.empty((len(here), *rows.shape[1:]), rows.dtype))[here] = rows
+    if bad:
+        batch[FIELD] = packed(bad)
 
 
 def quotas_of(shares: Sequence[float]) -> np.ndarray:

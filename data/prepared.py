@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from configs.schema import PreparedData
+from data.bad_records import FIELD, BadRecord, packed, with_substitutes
 from data.dataset import Batch, DataError, Dataset, Examples, manifest_of
 from data.files import read_file
 from data.mixture import InOrder, Mixture
 from data.order import ALGORITHM
 from data.packing import PACKINGS, Part, fill_rows, pieces_of
 from data.text import row_fields
-from data.token_shards import DOCUMENTS, TokenStream
+from data.token_shards import DOCUMENTS, Span, TokenStream
 from data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "tokens-1"  # how documents become shards: part of every manifest
@@ -40,8 +41,13 @@ class SplitRows:
 
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields as of `data.text.Rows`."""
-        ids, position, _ = self.stream.cut(indices * self.length, np.full(len(indices), self.length + 1))
-        return row_fields(np.stack(ids).astype(np.int32), position, self.stream.bos_id, self.token_bytes)
+        rows, bad = with_substitutes(self.spans, indices, len(self))
+        ids = np.stack([row.ids for row in rows]).astype(np.int32)
+        position = np.array([row.position for row in rows])
+        return with_bad(row_fields(ids, position, self.stream.bos_id, self.token_bytes), bad)
+
+    def spans(self, indices: np.ndarray) -> list[Span | BadRecord]:
+        return self.stream.cut(indices * self.length, np.full(len(indices), self.length + 1))
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,6 @@ class PackedRows:
     token_bytes: np.ndarray
     ends: np.ndarray  # int64 [rows]: pieces up to a row's end
     starts: np.ndarray  # int64 [pieces]: first id in the stream
-    positions: np.ndarray  # int64 [pieces]: its place in its document
     places: np.ndarray  # int32 [pieces]
 
     def __len__(self) -> int:
@@ -61,13 +66,25 @@ class PackedRows:
 
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields as of `data.packing.fill_rows`."""
+        rows, bad = with_substitutes(self.spans, indices, len(self))
+        parts = [[Part(span.ids.astype(np.int32), span.position) for span in row] for row in rows]
+        return with_bad(fill_rows(parts, self.length, self.token_bytes), bad)
+
+    def spans(self, indices: np.ndarray) -> list[list[Span] | BadRecord]:
         first = np.where(indices > 0, self.ends[indices - 1], 0)
         counts = self.ends[indices] - first
         pieces = np.repeat(first, counts) + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        ids, _, _ = self.stream.cut(self.starts[pieces], self.places[pieces] + 1)
-        parts = [Part(one.astype(np.int32), int(at)) for one, at in zip(ids, self.positions[pieces], strict=True)]
-        rows = np.split(np.arange(len(parts)), np.cumsum(counts)[:-1])
-        return fill_rows([[parts[i] for i in row] for row in rows], self.length, self.token_bytes)
+        found = iter(self.stream.cut(self.starts[pieces], self.places[pieces] + 1))
+        return [good_or_bad([next(found) for _ in range(count)]) for count in counts]
+
+
+def good_or_bad(spans: list[Span | BadRecord]) -> list[Span] | BadRecord:
+    bad = next((span for span in spans if isinstance(span, BadRecord)), None)
+    return bad if bad is not None else spans  # type: ignore[return-value]
+
+
+def with_bad(batch: Batch, bad: list[BadRecord]) -> Batch:
+    return {**batch, FIELD: packed(bad)} if bad else batch
 
 
 def open_prepared(config: PreparedData) -> Dataset:
@@ -121,6 +138,7 @@ def open_prepared(config: PreparedData) -> Dataset:
         summary=summary(config, manifests, opened, stages),
         skipped=[],
         shuffled=False,
+        max_bad=config.max_bad,
     )
 
 
@@ -192,7 +210,7 @@ def packing_plan(config: PreparedData, folder: str, manifest: dict, split: str) 
     """The fields of PackedRows, computed once and kept: each shard is packed by itself."""
     name = f"{PLAN}-{config.packing}-{config.sequence_length}-{split}-{manifest['hash']}"
     cache = Path(CACHE).expanduser() / name
-    fields = ("ends", "starts", "positions", "places")
+    fields = ("ends", "starts", "places")
     if not (cache / "done").exists():
         shards = manifest["splits"][split]
         offsets = np.cumsum([0, *(shard["tokens"] for shard in shards)])
@@ -220,7 +238,6 @@ def pack_shard(config: PreparedData, folder: str, shard: dict, offset: int) -> d
     return {
         "ends": np.cumsum(counts),
         "starts": offset + starts[document[order]] + first[order],
-        "positions": first[order],
         "places": places[order].astype(np.int32),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data.bad_records import BadRecord
 from data.dataset import DataError
 
 BLOCK = 4096  # tokens
@@ -39,6 +40,16 @@ def records_of(stream: np.ndarray, starts: np.ndarray) -> Iterable[bytes]:
         yield np.array((document, at - starts[document]), HEADER).tobytes() + stream[at : at + BLOCK].tobytes()
 
 
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a stream."""
+
+    ids: np.ndarray  # [n], uint16 or uint32
+    position: int  # of the first id in its document
+    shard: int
+    document: int  # in the shard
+
+
 @dataclass
 class TokenStream:
     """The shards of a split, end to end."""
@@ -58,13 +69,9 @@ class TokenStream:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "readers": [None] * len(self.files)}  # a file is opened where it is read
 
-    def cut(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """The tokens [start, start + length) of the stream, for each pair.
-
-        Returns the tokens of each, the place of the first in its document, int64 [n], and the number of this document
-        over all shards' own counts, int64 [n, 2]: shard, and document in it. Raises DataError where a shard can't be read.
-        """
-        blocks: dict[tuple[int, int], bytes] = {}
+    def cut(self, starts: np.ndarray, lengths: np.ndarray) -> list[Span | BadRecord]:
+        """The tokens [start, start + length) of the stream, for each pair, or what could not be read of them."""
+        blocks: dict[tuple[int, int], bytes | BadRecord] = {}
         spans = [self._spans(int(a), int(n)) for a, n in zip(starts, lengths, strict=True)]
         wanted: dict[int, set[int]] = {}
         for span in spans:
@@ -73,19 +80,23 @@ class TokenStream:
         for shard, numbers in wanted.items():
             ordered = sorted(numbers)
             blocks |= {(shard, k): record for k, record in zip(ordered, self._read(shard, ordered), strict=True)}
-        pieces, positions, documents = [], np.empty(len(spans), np.int64), np.empty((len(spans), 2), np.int64)
+        return [self._joined(span, blocks) for span in spans]
+
+    def _joined(
+        self, span: list[tuple[int, int, int]], blocks: dict[tuple[int, int], bytes | BadRecord]
+    ) -> Span | BadRecord:
         dtype = token_dtype(self.vocab_size)
-        for row, span in enumerate(spans):
-            parts = []
-            for shard, first, last in span:
-                for k in range(first // BLOCK, (last - 1) // BLOCK + 1):
-                    ids = np.frombuffer(blocks[shard, k], dtype, offset=HEADER.itemsize)
-                    parts.append(ids[max(first - k * BLOCK, 0) : last - k * BLOCK])
-            shard, first, _ = span[0]
-            positions[row], documents[row, 1] = self._place(blocks[shard, first // BLOCK], first % BLOCK)
-            documents[row, 0] = shard
-            pieces.append(np.concatenate(parts) if len(parts) > 1 else parts[0])
-        return pieces, positions, documents
+        parts = []
+        for shard, first, last in span:
+            for k in range(first // BLOCK, (last - 1) // BLOCK + 1):
+                block = blocks[shard, k]
+                if isinstance(block, BadRecord):
+                    return block
+                ids = np.frombuffer(block, dtype, offset=HEADER.itemsize)
+                parts.append(ids[max(first - k * BLOCK, 0) : last - k * BLOCK])
+        shard, first, _ = span[0]
+        position, document = self._place(blocks[shard, first // BLOCK], first % BLOCK)
+        return Span(np.concatenate(parts) if len(parts) > 1 else parts[0], position, shard, document)
 
     def _spans(self, start: int, length: int) -> list[tuple[int, int, int]]:
         """(shard, first, last) of [start, start + length), a span a shard."""
@@ -99,7 +110,7 @@ class TokenStream:
             start, shard = last, shard + 1
         return found
 
-    def _place(self, record: bytes, offset: int) -> tuple[int, int]:
+    def _place(self, record: Any, offset: int) -> tuple[int, int]:
         """Of token `offset` of a block: its place in its document, and this document's number in the shard."""
         header = np.frombuffer(record, HEADER, count=1)[0]
         ids = np.frombuffer(record, token_dtype(self.vocab_size), offset=HEADER.itemsize)
@@ -108,21 +119,41 @@ class TokenStream:
             return offset - int(begun[-1]), int(header["document"]) + len(begun)
         return offset + int(header["position"]), int(header["document"])
 
-    def _read(self, shard: int, numbers: list[int]) -> list[bytes]:
+    def _read(self, shard: int, numbers: list[int]) -> list[bytes | BadRecord]:
+        """Blocks of a shard. Raises DataError where the file as a whole cannot be read."""
         try:
             if self.readers[shard] is None:
                 self.readers[shard] = open_records(self.files[shard])
-            records = self.readers[shard].read(numbers)
-        except Exception as error:  # the reader's own kinds: RuntimeError, IndexError
-            raise DataError(f"{self.files[shard]} cannot be read: {in_words(error)}") from None
-        return records
+            found = self.readers[shard].read(numbers)
+        except RuntimeError as error:
+            if self.readers[shard] is None:
+                raise DataError(f"{self.files[shard]} cannot be read: {in_words(error)}") from None
+            found = [self._read_one(shard, number) for number in numbers]
+        return [self._checked(shard, number, one) for number, one in zip(numbers, found, strict=True)]
+
+    def _read_one(self, shard: int, number: int) -> bytes | BadRecord:
+        try:
+            return self.readers[shard].read([number])[0]
+        except RuntimeError:
+            return BadRecord(self.files[shard], number, "a damaged block")
+
+    def _checked(self, shard: int, number: int, block: bytes | BadRecord) -> bytes | BadRecord:
+        """Whether it has the length that it must have; a file of other content with the same name has not."""
+        tokens = min(BLOCK, self.tokens[shard] - number * BLOCK)
+        expected = HEADER.itemsize + tokens * token_dtype(self.vocab_size).itemsize
+        if isinstance(block, BadRecord) or len(block) == expected:
+            return block
+        return BadRecord(self.files[shard], number, "a block of another length")
 
 
 def open_records(file: str) -> Any:
     """An ArrayRecord reader for random access. Raises RuntimeError where the file is missing or cut off."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+    reader = ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+    if not reader.ok():
+        raise RuntimeError("it has no end, or is no ArrayRecord file")
+    return reader
 
 
 def write_records(file: Path, records: Iterable[bytes]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data.dataset import DataError
+from data.token_shards import open_records
 
 END = 2**62
 
@@ -83,9 +84,35 @@ def read_gzip(file: str, piece: Piece, field: str) -> Iterator[Found]:
 
 
 def read_zstd(file: str, piece: Piece, field: str) -> Iterator[Found]:
-    zstandard = needed("zstandard", file)
-    with open(file, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-        yield from compressed(io.BufferedReader(stream), field)
+    with open(file, "rb") as raw:
+        yield from compressed(io.BufferedReader(ZstdFrames(raw, needed("zstandard", file))), field)
+
+
+class ZstdFrames(io.RawIOBase):
+    """All frames of a file, decompressed. zstandard's own reader takes a file that breaks off for one that ends."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self.raw, self.start = raw, zstandard.ZstdDecompressor().decompressobj
+        self.frame: Any = None
+        self.ready, self.compressed = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            self.compressed = self.compressed or self.raw.read(2**20)
+            if not self.compressed:
+                if self.frame is not None:
+                    raise EOFError("a frame without its end")
+                return 0
+            self.frame = self.frame or self.start()
+            self.ready = self.frame.decompress(self.compressed)
+            self.compressed = self.frame.unused_data if self.frame.eof else b""
+            self.frame = None if self.frame.eof else self.frame
+        part, self.ready = self.ready[: len(buffer)], self.ready[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
 
 
 def compressed(lines: Any, field: str) -> Iterator[Found]:
@@ -191,12 +218,10 @@ def read_arrow(file: str, piece: Piece, field: str) -> Iterator[Found]:
 
 def split_records(file: str, path: str, size: int) -> list[Piece]:
     """Runs of records, by their number."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
     total = os.path.getsize(file)
     try:
-        count = ArrayRecordReader(file).num_records()
-    except Exception:
+        count = open_records(file).num_records()
+    except RuntimeError:
         return whole(file, path, size)
     step = max(1, count * size // max(total, 1))
     return [Piece(path, i, min(i + step, count), total * min(step, count - i) // count) for i in range(0, count, step)]
@@ -204,15 +229,18 @@ def split_records(file: str, path: str, size: int) -> list[Piece]:
 
 def read_records(file: str, piece: Piece, field: str) -> Iterator[Found]:
     """A record is a tf.train.Example as TFDS writes it, a line of JSON, or the text itself."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    row = piece.start
     try:
-        reader = ArrayRecordReader(file)
-        for row in range(piece.start, min(piece.stop, reader.num_records())):
-            yield row, record_text(reader.read([row])[0], field)
-    except Exception:
-        yield row, Unusable("damaged or cut off from here on")
+        reader = open_records(file)
+    except RuntimeError:
+        yield piece.start, Unusable("damaged or cut off from here on")
+        return
+    for row in range(piece.start, min(piece.stop, reader.num_records())):
+        try:
+            record = reader.read([row])[0]
+        except RuntimeError:
+            yield row, Unusable("a damaged record")
+        else:
+            yield row, record_text(record, field)
 
 
 def record_text(record: bytes, field: str) -> str | Unusable:

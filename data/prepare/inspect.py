@@ -10,7 +10,7 @@ import numpy as np
 from data.dataset import DataError, manifest_of
 from data.order import permuted
 from data.prepared import documents_of, files_of, tokenizer_of
-from data.token_shards import TokenStream, in_words, open_records
+from data.token_shards import Span, TokenStream, in_words, open_records
 
 BAR = 40  # characters of the longest bar of a histogram
 SHOWN = 400  # characters of a sample
@@ -57,8 +57,8 @@ def examples(folder: str, manifest: dict[str, Any], samples: int) -> Iterator[tu
             tokenizer.vocab_size,
             tokenizer.bos_id,
         )
-        ids, _, _ = stream.cut(np.array([row["start"]]), np.array([min(size, 4 * SHOWN)]))
-        text = tokenizer.decode(ids[0][1:])
+        span = stream.cut(np.array([row["start"]]), np.array([min(size, 4 * SHOWN)]))[0]
+        text = tokenizer.decode(span.ids[1:]) if isinstance(span, Span) else f"({span.reason})"
         shown = text[:SHOWN] + (" ..." if len(text) > SHOWN or size > 4 * SHOWN else "")
         yield f"{files[row['file']]} at {row['place']:,}: {row['bytes']:,} bytes, {size - 1:,} tokens", shown
 

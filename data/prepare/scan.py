@@ -23,6 +23,7 @@ SCANNED = np.dtype(
     ]
 )
 PERMUTATIONS = 128  # of a near-duplicate signature
+SCHEME = "affine32"  # how datasketch hashes: kept signatures must be of one
 SHINGLE = 5  # words that are compared together
 
 
@@ -74,7 +75,7 @@ def signature(text: str) -> np.ndarray:
     datasketch = needed("datasketch", "--near-duplicates")
     words = text.split()
     shingles = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
-    hashed = datasketch.MinHash(num_perm=PERMUTATIONS)
+    hashed = datasketch.MinHash(num_perm=PERMUTATIONS, scheme=SCHEME)
     hashed.update_batch(sorted(shingles))
     return np.asarray(hashed.hashvalues, np.uint64)
 
@@ -86,7 +87,7 @@ def near_copies(signatures: Iterator[tuple[int, np.ndarray]], threshold: float) 
     kept: dict[int, Any] = {}
     found: set[int] = set()
     for number, values in signatures:
-        hashed = datasketch.MinHash(num_perm=PERMUTATIONS, hashvalues=values)
+        hashed = datasketch.MinHash(num_perm=PERMUTATIONS, hashvalues=values, scheme=SCHEME)
         if any(hashed.jaccard(kept[other]) >= threshold for other in index.query(hashed)):
             found.add(number)
         else:
