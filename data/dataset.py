@@ -49,6 +49,7 @@ class Dataset:
     skipped: list[tuple[str, str]]  # (path, or file:line of a record, reason), in that order
     unit: str = "file"  # what is skipped
     shuffled: bool = True  # `train` is read in the order of data.order; False: by position, it has an order of its own
+    threads: int = PREFETCH_THREADS  # that read batches ahead
     max_bad: float = 0.0  # share of the records read that may be unusable
     rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
 
@@ -71,7 +72,7 @@ class Dataset:
         import grain  # a second and a half, mostly jax: not paid by those who only look at data
 
         steps = grain.MapDataset.range(start_step, 2**62)
-        options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=PREFETCH_BATCHES)
         batches = iter(steps.map(self.train_batch).to_iter_dataset(options))
         batches.start_prefetch()
         return batches

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.schema import PreparedData
 from data.bad_records import FIELD, BadRecord, packed, with_substitutes
-from data.dataset import Batch, DataError, Dataset, Examples, manifest_of
+from data.dataset import PREFETCH_THREADS, Batch, DataError, Dataset, Examples, manifest_of
 from data.files import read_file
 from data.mixture import InOrder, Mixture
 from data.order import ALGORITHM
@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 FILES = "files.json"  # where the documents came from, by number
 MODEL = "tokenizer.model"
 CACHE = "~/.cache/podwright/packing"
+REMOTE_THREADS = 8  # batches that are read from cloud storage at a time
 PLAN = "plan-1"  # how documents are packed: part of every manifest, and of a plan's file name
 
 
@@ -138,6 +139,7 @@ def open_prepared(config: PreparedData) -> Dataset:
         summary=summary(config, manifests, opened, stages),
         skipped=[],
         shuffled=False,
+        threads=REMOTE_THREADS if any("://" in source for source in config.sources) else PREFETCH_THREADS,
         max_bad=config.max_bad,
     )
 

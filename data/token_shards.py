@@ -7,6 +7,7 @@ a shard stands DOCUMENTS, a row of numbers a document, for those who want to kno
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ DOCUMENTS = np.dtype(
         ("bytes", "<i8"),  # of its text
     ]
 )
+REQUESTS = 32  # shards in cloud storage that one batch reads from at a time
 WRITER_OPTIONS = "group_size:1"
 
 
@@ -72,14 +74,19 @@ class TokenStream:
     def cut(self, starts: np.ndarray, lengths: np.ndarray) -> list[Span | BadRecord]:
         """The tokens [start, start + length) of the stream, for each pair, or what could not be read of them."""
         blocks: dict[tuple[int, int], bytes | BadRecord] = {}
-        spans = [self._spans(int(a), int(n)) for a, n in zip(starts, lengths, strict=True)]
+        spans = [self._parts(int(a), int(n)) for a, n in zip(starts, lengths, strict=True)]
         wanted: dict[int, set[int]] = {}
-        for span in spans:
-            for shard, first, last in span:
+        for parts in spans:
+            for shard, first, last in parts:
                 wanted.setdefault(shard, set()).update(range(first // BLOCK, (last - 1) // BLOCK + 1))
-        for shard, numbers in wanted.items():
-            ordered = sorted(numbers)
-            blocks |= {(shard, k): record for k, record in zip(ordered, self._read(shard, ordered), strict=True)}
+        ordered = [(shard, sorted(numbers)) for shard, numbers in wanted.items()]
+        if len(ordered) > 1 and "://" in self.files[0]:  # each waits for the network
+            with ThreadPoolExecutor(min(len(ordered), REQUESTS)) as threads:
+                read = list(threads.map(lambda one: self._read(*one), ordered))
+        else:
+            read = [self._read(*one) for one in ordered]
+        for (shard, numbers), records in zip(ordered, read, strict=True):
+            blocks |= {(shard, k): record for k, record in zip(numbers, records, strict=True)}
         return [self._joined(span, blocks) for span in spans]
 
     def _joined(
@@ -98,7 +105,7 @@ class TokenStream:
         position, document = self._place(blocks[shard, first // BLOCK], first % BLOCK)
         return Span(np.concatenate(parts) if len(parts) > 1 else parts[0], position, shard, document)
 
-    def _spans(self, start: int, length: int) -> list[tuple[int, int, int]]:
+    def _parts(self, start: int, length: int) -> list[tuple[int, int, int]]:
         """(shard, first, last) of [start, start + length), a span a shard."""
         found, end = [], start + length
         shard = int(np.searchsorted(self.ends, start, side="right"))
