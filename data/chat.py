@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from configs.schema import ChatData, ConfigError
-from data.dataset import Batch, DataError, Dataset, count_reasons, is_held_out, manifest_of
+from data.dataset import Batch, DataError, Dataset, Origin, count_reasons, is_held_out, manifest_of
 from data.order import ALGORITHM
 from data.packing import Part, fill_rows
 from data.tokenizers import Tokenizer, load_tokenizer
@@ -29,6 +29,7 @@ class Example:
 
     ids: np.ndarray  # int32 [n]
     learned_from: int
+    origin: Origin
 
     def __len__(self) -> int:
         return len(self.ids) - 1  # places in a row: the last id is only a target
@@ -50,6 +51,9 @@ class PackedRows:
         rows = [[Part(example.ids, 0, example.learned_from) for example in self.rows[i]] for i in indices]
         return fill_rows(rows, self.length, self.token_bytes)
 
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        return [[example.origin for example in self.rows[i]] for i in indices]
+
 
 def open_chat(config: ChatData) -> Dataset:
     """Reads and packs all records (in memory). Raises DataError when a split is left without a record."""
@@ -60,7 +64,7 @@ def open_chat(config: ChatData) -> Dataset:
     for path in files:
         for line, text in lines(path):
             try:
-                example = example_of(text, config, tokenizer)
+                example = example_of(text, config, tokenizer, Origin(path.name, line))
                 splits[is_held_out(text, config.held_out)].append(example)
             except Unusable as why:
                 skipped.append((f"{path.name}:{line}", str(why)))
@@ -131,7 +135,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def example_of(line: str, config: ChatData, tokenizer: Tokenizer) -> Example:
+def example_of(line: str, config: ChatData, tokenizer: Tokenizer, origin: Origin) -> Example:
     """Raises Unusable."""
     try:
         line.encode()
@@ -148,7 +152,7 @@ def example_of(line: str, config: ChatData, tokenizer: Tokenizer) -> Example:
     else:
         prompt = prompt_ids(ids_of(record, "prompt", tokenizer), config.template, tokenizer)
         response = [*ids_of(record, "response", tokenizer), *end_ids(config.template, tokenizer)]
-    example = Example(np.array([*prompt, *response], np.int32), len(prompt))
+    example = Example(np.array([*prompt, *response], np.int32), len(prompt), origin)
     if len(example) > config.sequence_length:
         raise Unusable(f"longer than the {config.sequence_length} tokens of a row")
     return example

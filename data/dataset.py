@@ -26,6 +26,18 @@ class DataError(Exception):
     """The data a config names cannot be used: one sentence with what was found and what would do."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a segment of a row, or an image, came from."""
+
+    source: str  # a file
+    place: int  # in it: a byte, a row, a line or a number
+    position: int = 0  # of the segment's first token in its document
+
+    def __str__(self) -> str:
+        return f"{self.source} at {self.place:,}" + (f", from token {self.position:,}" if self.position else "")
+
+
 class Examples(Protocol):
     """One split: `len()` examples, read by number into arrays whose first axis is the example."""
 
@@ -33,6 +45,10 @@ class Examples(Protocol):
 
     def read(self, indices: np.ndarray) -> Batch:
         """indices: int64 [n] in [0, len). Returns fields of n rows, in that order."""
+        ...
+
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        """Of each row its segments' origins, in their order: for people, never for training."""
         ...
 
 
@@ -61,8 +77,11 @@ class Dataset:
         """This host's rows of batch `step`: arrays [b, ...]. Steps count from 0 and never run out."""
         if step < 0:
             raise ValueError(f"step {step} is before the first batch, 0")
-        positions = self._positions(step)
-        return self.train.read(example_at(positions, len(self.train), self.seed) if self.shuffled else positions)
+        return self.train.read(self._examples(step))
+
+    def train_origins(self, step: int) -> list[list[Origin]]:
+        """Where the rows of train_batch(step) came from."""
+        return self.train.origins(self._examples(step))
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """train_batch(start_step), train_batch(start_step + 1), ...: endless, read ahead in threads from this call on.
@@ -96,6 +115,11 @@ class Dataset:
     def describe(self) -> list[str]:
         """At most three lines for the start-up plan: what is there, how it is cut, what was left out and why."""
         return [*self.summary, *([f"skipped {count_reasons(self.skipped, self.unit)}"] if self.skipped else [])]
+
+    def _examples(self, step: int) -> np.ndarray:
+        """int64 [b]: what `train` is asked for at a step."""
+        positions = self._positions(step)
+        return example_at(positions, len(self.train), self.seed) if self.shuffled else positions
 
     def _positions(self, step: int) -> np.ndarray:
         """int64 [b]: this host's share of the positions of batch `step`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import ImageData
-from data.dataset import Batch, DataError, Dataset, is_held_out, manifest_of
+from data.dataset import Batch, DataError, Dataset, Origin, is_held_out, manifest_of
 from data.order import ALGORITHM
 
 FORMAT = "bilinear-1"  # how stored images become batches: part of every manifest
@@ -22,6 +22,7 @@ class Images:
     labels: np.ndarray  # int32 [n]
     size: int  # H = W after resizing
     channels: int  # C, all alike
+    numbers: np.ndarray  # int64 [n]: in the source
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,6 +36,9 @@ class Images:
             "labels": self.labels[indices],
             "weights": np.ones(len(indices), np.float32),
         }
+
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        return [[Origin("digits", int(self.numbers[i]))] for i in indices]
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +62,8 @@ def open_images(config: ImageData) -> Dataset:
             f"{int(held_out.sum())} of them held out and {int((~held_out).sum())} for training: both need one"
         )
     train, rest = (
-        Images(pixels[part], labels[part], config.image_size, config.channels) for part in (~held_out, held_out)
+        Images(pixels[part], labels[part], config.image_size, config.channels, np.flatnonzero(part))
+        for part in (~held_out, held_out)
     )
     content = {
         "kind": config.kind,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.bad_records import FIELD, packed, taken_from
-from data.dataset import Batch, Examples
+from data.dataset import Batch, Examples, Origin
 from data.order import example_at
 
 WINDOW = 10_000  # positions after which the pattern of sources repeats: shares are exact in each, to 1 / WINDOW
@@ -83,6 +83,9 @@ class Mixture:
             scatter(batch, here, self.sources[number].read(row[here]))
         return batch
 
+    def origins(self, positions: np.ndarray) -> list[list[Origin]]:
+        return [self.sources[s].origins(np.array([row]))[0] for s, row in zip(*self.examples(positions), strict=True)]
+
     def epochs(self, positions: int) -> np.ndarray:
         """float64 [S]: how often each source has been gone through after so many positions."""
         stage = next(stage for stage in reversed(self.stages) if stage.first <= positions)
@@ -111,6 +114,10 @@ class InOrder:
             here = numbers == number
             scatter(batch, here, self.sources[number].read(rows[here]))
         return batch
+
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        pairs = zip(self.numbers[indices], self.rows[indices], strict=True)
+        return [self.sources[number].origins(np.array([row]))[0] for number, row in pairs]
 
 
 def scatter(batch: Batch, here: np.ndarray, part: Batch) -> None:

@@ -1,5 +1,6 @@
 """Rows cut out of folders that `podwright data prepare` made, on this machine or in cloud storage, in any mixture."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import numpy as np
 
 from configs.schema import PreparedData
 from data.bad_records import FIELD, BadRecord, packed, with_substitutes
-from data.dataset import PREFETCH_THREADS, Batch, DataError, Dataset, Examples, manifest_of
+from data.dataset import PREFETCH_THREADS, Batch, DataError, Dataset, Examples, Origin, manifest_of
 from data.files import read_file
 from data.mixture import InOrder, Mixture
 from data.order import ALGORITHM
@@ -36,6 +37,7 @@ class SplitRows:
     stream: TokenStream
     length: int  # T
     token_bytes: np.ndarray  # int32 [vocab]
+    documents: "Documents"
 
     def __len__(self) -> int:
         return max(len(self.stream) - 1, 0) // self.length
@@ -50,6 +52,15 @@ class SplitRows:
     def spans(self, indices: np.ndarray) -> list[Span | BadRecord]:
         return self.stream.cut(indices * self.length, np.full(len(indices), self.length + 1))
 
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        rows, _ = with_substitutes(self.spans, indices, len(self))
+        found = []
+        for first, row in zip(indices * self.length, rows, strict=True):
+            begun = np.flatnonzero(row.ids[1 : self.length] == self.stream.bos_id) + 1
+            later = self.stream.cut(first + begun, np.ones(len(begun), np.int64))
+            found.append([self.documents.origin(span) for span in (row, *later)])
+        return found
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -58,6 +69,7 @@ class PackedRows:
     stream: TokenStream
     length: int
     token_bytes: np.ndarray
+    documents: "Documents"
     ends: np.ndarray  # int64 [rows]: pieces up to a row's end
     starts: np.ndarray  # int64 [pieces]: first id in the stream
     places: np.ndarray  # int32 [pieces]
@@ -77,6 +89,29 @@ class PackedRows:
         pieces = np.repeat(first, counts) + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         found = iter(self.stream.cut(self.starts[pieces], self.places[pieces] + 1))
         return [good_or_bad([next(found) for _ in range(count)]) for count in counts]
+
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        rows, _ = with_substitutes(self.spans, indices, len(self))
+        return [[self.documents.origin(span) for span in row] for row in rows]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a split came from, looked up when somebody asks."""
+
+    folder: str
+    shards: list[dict]
+    read: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what was looked up before
+
+    def origin(self, span: Any) -> Origin:
+        if isinstance(span, BadRecord):
+            return Origin(span.source, span.place)
+        if span.shard not in self.read:
+            self.read[span.shard] = documents_of(self.folder, self.shards[span.shard])
+        if FILES not in self.read:
+            self.read[FILES] = files_of(self.folder)
+        row = self.read[span.shard][span.document]
+        return Origin(self.read[FILES][row["file"]], int(row["place"]), span.position)
 
 
 def good_or_bad(spans: list[Span | BadRecord]) -> list[Span] | BadRecord:
@@ -202,10 +237,11 @@ def open_split(config: PreparedData, source: str, manifest: dict, split: str, to
         tokenizer.vocab_size,
         tokenizer.bos_id,
     )
-    rows = SplitRows(stream, config.sequence_length, tokenizer.token_bytes)
+    documents = Documents(folder, shards)
     if config.packing == "concat":
-        return rows
-    return PackedRows(stream, rows.length, rows.token_bytes, **packing_plan(config, folder, manifest, split))
+        return SplitRows(stream, config.sequence_length, tokenizer.token_bytes, documents)
+    rows = config.sequence_length
+    return PackedRows(stream, rows, tokenizer.token_bytes, documents, **packing_plan(config, folder, manifest, split))
 
 
 def packing_plan(config: PreparedData, folder: str, manifest: dict, split: str) -> dict[str, np.ndarray]:

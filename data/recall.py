@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.schema import RecallData
-from data.dataset import Batch, Dataset, manifest_of
+from data.dataset import Batch, Dataset, Origin, manifest_of
 from data.order import ALGORITHM, mixed
 
 FORMAT = "recall-1"  # how numbers become rows: part of every manifest
@@ -39,6 +39,9 @@ class Questions:
             "segment_pos": np.ascontiguousarray(np.broadcast_to(position, tokens.shape)),
             "weights": asked.astype(np.float32),
         }
+
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        return [[Origin(f"{self.config.task}, {self.split}", int(i))] for i in indices]
 
 
 def random_words(config: RecallData, split: str, indices: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from configs.schema import TextData
 from data.corpus import Corpus, Document, open_corpus
-from data.dataset import Batch, DataError, Dataset, count_reasons, manifest_of
+from data.dataset import Batch, DataError, Dataset, Origin, count_reasons, manifest_of
 from data.order import ALGORITHM
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -22,6 +22,7 @@ class Rows:
     starts: np.ndarray  # int64 [documents]: where each BOS stands
     length: int  # T
     token_bytes: np.ndarray  # int32 [vocab]
+    names: tuple[str, ...]  # of the documents
 
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.length
@@ -39,6 +40,14 @@ class Rows:
         document = np.searchsorted(self.starts, at[:, 0], side="right") - 1
         bos = int(self.tokens[self.starts[0]])
         return row_fields(self.tokens[at].astype(np.int32), at[:, 0] - self.starts[document], bos, self.token_bytes)
+
+    def origins(self, indices: np.ndarray) -> list[list[Origin]]:
+        found = []
+        for first in indices * self.length:
+            last = np.searchsorted(self.starts, first + self.length, side="left")
+            numbers = range(int(np.searchsorted(self.starts, first, side="right")) - 1, int(last))
+            found.append([Origin(self.names[i], 0, max(0, int(first - self.starts[i]))) for i in numbers])
+        return found
 
 
 def row_fields(ids: np.ndarray, position: np.ndarray, bos: int, token_bytes: np.ndarray) -> Batch:
@@ -131,7 +140,8 @@ def lay_out(documents: list[Document], tokenizer: Tokenizer, length: int) -> Row
         pieces += [bos, ids]
         starts.append(end)
         end += 1 + len(ids)
-    return Rows(np.concatenate(pieces), np.array(starts, np.int64), length, tokenizer.token_bytes)
+    names = tuple(document.path for document in documents)
+    return Rows(np.concatenate(pieces), np.array(starts, np.int64), length, tokenizer.token_bytes, names)
 
 
 def check_rows(corpus: Corpus, config: TextData, rows: Rows, split: str) -> None:

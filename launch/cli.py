@@ -124,6 +124,13 @@ def data(argv: list[str]) -> int:
     return main(argv)
 
 
+def replay(argv: list[str]) -> int:
+    """a step of a run once more: its documents, their losses, gradient norms by layer: replay RUN --step N"""
+    from launch.replay import main
+
+    return main(argv)
+
+
 def study(argv: list[str]) -> int:
     """train and compare the models of a study: study NAME [--to DIR] [--full] [--section.field VALUE]"""
     from launch.study import main
@@ -159,6 +166,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_checkpoint,
     "export": export,
     "profile": profile,
+    "replay": replay,
     "data": data,
     "study": study,
 }

@@ -123,7 +123,13 @@ def count(text: str) -> int:
     return value
 
 
-COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify}
+def bench(argv: list[str]) -> int:
+    from launch.data_bench import main as run
+
+    return run(argv)
+
+
+COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify, "bench": bench}
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ import pytest
 from configs.schema import ChatData, ConfigError
 from data import open_data
 from data.chat import Example, end_ids, packed, prompt_ids
-from data.dataset import DataError
+from data.dataset import DataError, Origin
 from data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 
 
@@ -67,7 +67,7 @@ def test_of_a_text_everything_is_learned(tmp_path):
 def test_rows_are_filled_and_no_record_is_cut():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 60, 500)
-    rows = packed([Example(np.zeros(n, np.int32), 1) for n in lengths], 64)
+    rows = packed([Example(np.zeros(n, np.int32), 1, Origin("", 0)) for n in lengths], 64)
     used = [sum(map(len, row)) for row in rows]
     assert max(used) <= 64
     assert sum(len(row) for row in rows) == 500

@@ -28,7 +28,7 @@ def mixture(counts, stages):
     return Mixture([Numbers(i, n) for i, n in enumerate(counts)], range(10, 10 + len(counts)), stages)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda shares: sum(shares) > 0.1))
 def test_after_every_place_each_source_stood_as_often_as_its_share_says_to_less_than_one(shares):
     """Tijdeman's theorem: 1 - 1 / (2 S - 2) at most."""
@@ -57,7 +57,7 @@ def test_a_single_source_is_read_in_the_order_of_its_seed():
     assert np.array_equal(mixture([77], [(0, [1])]).read(positions)["row"], example_at(positions, 77, 10))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     counts=st.lists(st.integers(1, 400), min_size=1, max_size=4),
     data=st.data(),
