@@ -6,6 +6,7 @@ a host computes only its own positions, so resuming needs a step number and a ho
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Batch = dict[str, np.ndarray]
 
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
+WORKER_BATCHES = 2  # that each process has ready
 
 
 class DataError(Exception):
@@ -52,6 +54,16 @@ class Examples(Protocol):
         ...
 
 
+class Batches(Protocol):
+    """An endless iterator that reads ahead until it is closed."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A source opened for one host. All arrays are numpy; b is the number of rows of a batch that this host reads."""
@@ -66,6 +78,8 @@ class Dataset:
     unit: str = "file"  # what is skipped
     shuffled: bool = True  # `train` is read in the order of data.order; False: by position, it has an order of its own
     threads: int = PREFETCH_THREADS  # that read batches ahead
+    workers: int = 0  # processes that do so instead, for what Python has to work on
+    sources: tuple[str, ...] = ()  # names of those that `train` mixes
     max_bad: float = 0.0  # share of the records read that may be unusable
     rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
 
@@ -83,18 +97,26 @@ class Dataset:
         """Where the rows of train_batch(step) came from."""
         return self.train.origins(self._examples(step))
 
-    def train_batches(self, start_step: int) -> Iterator[Batch]:
-        """train_batch(start_step), train_batch(start_step + 1), ...: endless, read ahead in threads from this call on.
+    def train_batches(self, start_step: int) -> Batches:
+        """train_batch(start_step), train_batch(start_step + 1), ...: endless, read ahead from this call on.
 
-        The iterator has a `close()` that drops what was read ahead.
+        What goes wrong while reading is raised by the batch that
+        it happened to; a worker that is killed raises a DataError within seconds.
         """
         import grain  # a second and a half, mostly jax: not paid by those who only look at data
 
-        steps = grain.MapDataset.range(start_step, 2**62)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=PREFETCH_BATCHES)
-        batches = iter(steps.map(self.train_batch).to_iter_dataset(options))
-        batches.start_prefetch()
-        return batches
+        steps = grain.MapDataset.range(start_step, 2**62).map(self.train_batch)
+        if not self.workers:
+            options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=PREFETCH_BATCHES)
+            batches = iter(steps.to_iter_dataset(options))
+            batches.start_prefetch()
+            return batches
+        from absl import flags
+
+        flags.FLAGS.mark_as_parsed()  # grain's workers ask for flags, which nobody here parses
+        alone = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=WORKER_BATCHES)
+        return WorkerBatches(iter(steps.to_iter_dataset(alone).mp_prefetch(options)))
 
     def held_out_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """The held-out examples in their fixed order, at most `limit` batches (None or 0: all of them).
@@ -112,6 +134,20 @@ class Dataset:
                 for name, rows in batch.items()
             }
 
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source has been gone through after so many steps; empty where there is only one and no name."""
+        if not self.sources:
+            return {}
+        passed = self.train.epochs(steps * self.batch_size)  # type: ignore[attr-defined]
+        return dict(zip(self.sources, map(float, passed), strict=True))
+
+    def ahead(self, batch_bytes: int) -> str:
+        """What reading ahead takes of the host's memory, for batches of so many bytes on this host."""
+        # A worker holds what it makes, and what waits to be fetched from it.
+        batches = self.workers * (WORKER_BATCHES + 2) if self.workers else PREFETCH_BATCHES + self.threads
+        who = f"{self.workers} processes" if self.workers else f"{self.threads} threads"
+        return f"{who} read ahead, at most {batches} batches of {batch_bytes / 2**20:,.1f} MiB: {batches * batch_bytes / 2**20:,.0f} MiB"
+
     def describe(self) -> list[str]:
         """At most three lines for the start-up plan: what is there, how it is cut, what was left out and why."""
         return [*self.summary, *([f"skipped {count_reasons(self.skipped, self.unit)}"] if self.skipped else [])]
@@ -125,6 +161,31 @@ class Dataset:
         """int64 [b]: this host's share of the positions of batch `step`."""
         rows = np.arange(self.batch_size) if self.rows is None else self.rows
         return step * self.batch_size + rows.astype(np.int64)
+
+
+class WorkerBatches:
+    """Batches of processes. One that was killed is a sentence, not a traceback of those who wait for it."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> "WorkerBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self.batches)
+        except RuntimeError as error:
+            if ended := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
+                raise DataError(
+                    f"a process that reads data ended with exit code {ended[1]}"
+                    + (": the system kills processes so when the host's memory is full" if ended[1] == "-9" else "")
+                    + "; data.workers=0 reads in this process, and shows what goes wrong"
+                ) from None
+            raise
+
+    def close(self) -> None:
+        self.batches.close()
 
 
 def manifest_of(content: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:

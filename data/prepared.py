@@ -174,6 +174,7 @@ def open_prepared(config: PreparedData) -> Dataset:
         summary=summary(config, manifests, opened, stages),
         skipped=[],
         shuffled=False,
+        sources=config.sources,
         threads=REMOTE_THREADS if any("://" in source for source in config.sources) else PREFETCH_THREADS,
         max_bad=config.max_bad,
     )

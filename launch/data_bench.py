@@ -54,7 +54,7 @@ def measure(config: Config, seconds: float) -> dict[str, float]:
         batch = next(batches)
         count += 1
     wall, spent = time.perf_counter() - began, processor() - used
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return {
         "rows": count * config.data.batch_size,
         "wall": wall,

@@ -1,15 +1,18 @@
 """The order of examples: a fresh permutation every epoch, known from (seed, step) alone, the same on any host count."""
 
+import itertools
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.dataset import Dataset, is_held_out, manifest_of
+from data.dataset import DataError, Dataset, is_held_out, manifest_of
 from data.order import example_at, permuted
 
 
@@ -157,12 +160,44 @@ def test_reading_ahead_starts_before_the_first_batch_is_asked_for():
 
 
 def test_what_goes_wrong_while_reading_ahead_reaches_the_reader():
-    class Broken(Numbers):
-        def read(self, indices):
-            raise OSError("the disk is gone")
-
     with pytest.raises(OSError, match="the disk is gone"):
         next(Dataset({}, Broken(10), Numbers(5), 4, 0, (), []).train_batches(0))
+
+
+@pytest.mark.multiprocess
+def test_worker_processes_give_the_same_batches_and_one_that_is_killed_ends_the_run():
+    data = dataset(97, seed=5, workers=2)
+    batches = data.train_batches(40)
+    try:
+        for step in range(40, 50):
+            np.testing.assert_array_equal(next(batches)["square"], dataset(97, seed=5).train_batch(step)["square"])
+        children = psutil.Process().children(recursive=True)
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) >= 2
+        for worker in workers:
+            worker.kill()
+        began = time.monotonic()
+        with pytest.raises(DataError, match="ended with exit code -9: the system kills processes so when"):
+            list(itertools.islice(batches, 100))
+        assert time.monotonic() - began < 30
+    finally:
+        batches.close()
+
+
+class Broken(Numbers):
+    def read(self, indices):
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.multiprocess
+def test_what_goes_wrong_in_a_worker_is_raised_with_its_traceback():
+    batches = Dataset({}, Broken(10), Numbers(5), 4, 0, (), [], workers=1).train_batches(0)
+    try:
+        with pytest.raises(OSError, match="the disk is gone") as raised:
+            next(batches)
+        assert raised.traceback[-1].name == "read"  # of the worker, not of who waits for it
+    finally:
+        batches.close()
 
 
 def test_another_process_sees_the_same_batches():

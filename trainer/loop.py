@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -9,11 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import Config, ConfigError
 from data import open_data
 from data.dataset import Dataset
+from data.shapes import batch_fields
 from sharding import hosts
 from sharding.fallbacks import fallbacks
 from sharding.flags import compiled, compiler_options
@@ -117,6 +120,8 @@ def train(
         def evaluate_now(state: State, step: int) -> dict[str, float]:
             metrics = evaluate(eval_program(), state.model, data, config.eval.batches, task, place)
             reporter.record("eval", step, metrics)
+            if data.sources:
+                reporter.record("epochs", step, data.epochs(step))
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"step {step}: held-out {told}")
             return metrics
@@ -132,6 +137,7 @@ def train(
         pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
         reporter.start_clock()
         with (
+            contextlib.closing(batches),
             jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
             StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
         ):
@@ -188,6 +194,8 @@ def plan(
         f"{state_bytes / 2**20:,.1f} MiB of state",
         f"mesh        {describe(mesh)}",
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(data.describe())),
+        *([f"epochs      by step {trainer.steps}: {epochs_in_words(data, trainer.steps)}"] if data.sources else []),
+        f"input       {data.ahead(host_bytes(config))}",
         f"step        {task.units_per_step:,} {task.unit}, {task.flops_per_step:.3g} FLOPs; "
         + (f"MFU against {peak:.3g} FLOP/s a device" if peak else "no MFU: no peak is known for this device"),
         f"optimizer   {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
@@ -199,6 +207,16 @@ def plan(
         *(f"note        {note}" for note in [*config.notes(), *notes(config, mesh), *fallbacks(abstract, mesh)]),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
+
+
+def epochs_in_words(data: Dataset, steps: int) -> str:
+    return ", ".join(f"{count:.2f} of {source}" for source, count in data.epochs(steps).items())
+
+
+def host_bytes(config: Config) -> int:
+    """Of a batch on one host."""
+    fields = batch_fields(config.data).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields) // jax.process_count()
 
 
 def amount(config: Config) -> str:
