@@ -68,33 +68,34 @@ class Case:
         ]
 
 
-LAYER, DOTS = ("--trainer.remat", "layer"), ("--trainer.remat", "dots")
+NONE, LAYER, DOTS = (("--trainer.remat", kept) for kept in ("none", "layer", "dots"))
+HALVES = ("--trainer.microbatches", "2")
 QKV = (*LAYER, "--trainer.save", "qkv")
 CONTEXT = (*LAYER, "--trainer.save", "context")
 CASES = {case.name: case for case in (
     Case(
         "gemma-2b-v5e", "gemma-2b", "v5e-256", 256, 8192, 2, "full", LAYER, 8, OVERLAP + FUSION,
-        ((2, "save_qkv_proj"), (4, "full")), ((1, LAYER), (2, DOTS)),
+        ((1, "minimal"), (2, "save_qkv_proj"), (4, "full")), ((1, LAYER), (1, DOTS), (2, (*DOTS, *HALVES))),
     ),
     Case(
         "gemma-2b-v5p", "gemma-2b", "v5p-128", 64, 8192, 2, "minimal", DOTS, 8, OVERLAP + V5P,
-        ((4, "save_qkv_proj"),), ((4, CONTEXT),),
+        ((2, "minimal_with_context"), (4, "save_qkv_proj")), ((2, NONE), (4, CONTEXT)),
     ),
     Case(
         "gemma-7b-v5e", "gemma-7b", "v5e-256", 256, 8192, 1, "full", LAYER, 8, OVERLAP + FUSION,
-        ((2, "full"),), ((2, LAYER),),
+        ((1, "save_qkv_proj"), (2, "full")), ((1, QKV), (2, LAYER)),
     ),
     Case(
         "gemma-7b-v5p", "gemma-7b", "v5p-128", 64, 8192, 2, "minimal", DOTS, 8, OVERLAP + V5P,
-        ((2, "save_qkv_proj"),), ((2, CONTEXT),),
+        ((1, "minimal_with_context"), (2, "save_qkv_proj")), ((1, NONE), (2, CONTEXT)),
     ),
     Case(
         "llama2-7b-v5e", "llama2-7b", "v5e-256", 256, 2048, 4, "save_qkv_proj", QKV, 1, OVERLAP + FUSION,
-        ((8, "full"),), ((8, LAYER),),
+        ((2, "minimal"), (8, "full")), ((2, DOTS), (8, LAYER)),
     ),
     Case(
         "llama2-7b-v5p", "llama2-7b", "v5p-128", 64, 4096, 4, "minimal", DOTS, 1, OVERLAP + V5P,
-        ((8, "full"),), ((8, LAYER),),
+        ((4, "minimal_with_context"), (8, "full")), ((4, NONE), (8, LAYER)),
     ),
 )}  # fmt: skip
 SIDES = ("podwright", "MaxText")

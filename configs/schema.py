@@ -210,7 +210,7 @@ class PreparedData(Section):
     section: ClassVar[str] = "data"
     kind: ClassVar[str] = "prepared"
     sources: tuple[str, ...] = setting(
-        ("prepared",), "folders that `podwright data prepare` made (gs://, too)", changes=_DATA
+        ("prepared",), "folders that `podwright data prepare` made (gs://, too), or seqio:MODULE:TASK", changes=_DATA
     )
     weights: tuple[float, ...] = setting(
         (), "how much of the rows comes from each source; empty: by their sizes", low=0, changes=_DATA
@@ -230,6 +230,9 @@ class PreparedData(Section):
     max_bad: float = setting(0.01, "share of rows that may be unreadable; above it the run stops", low=0, high=1)
 
     def check(self) -> None:
+        for source in self.sources:
+            if source.startswith("seqio:") and source.count(":") != 2:
+                raise ConfigError(f"{self.show('sources')}: {source!r} is not seqio:MODULE:TASK")
         if self.weights:
             self.check_weights("weights", self.weights)
         last = 0

@@ -18,8 +18,9 @@ from data.mixture import InOrder, Mixture
 from data.order import ALGORITHM
 from data.packing import PACKINGS, Part, fill_rows, pieces_of
 from data.text import row_fields
-from data.token_shards import DOCUMENTS, Span, TokenStream
+from data.token_shards import DOCUMENTS, Span, TokenStream, bare, is_prompt, token_dtype
 from data.tokenizers import Tokenizer, load_tokenizer
+from data.vocabularies import vocabulary
 
 FORMAT = "tokens-1"  # how documents become shards: part of every manifest
 MANIFEST = "manifest.json"
@@ -45,9 +46,10 @@ class SplitRows:
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields as of `data.text.Rows`."""
         rows, bad = with_substitutes(self.spans, indices, len(self))
-        ids = np.stack([row.ids for row in rows]).astype(np.int32)
+        ids = np.stack([row.ids for row in rows])
         position = np.array([row.position for row in rows])
-        return with_bad(row_fields(ids, position, self.stream.bos_id, self.token_bytes), bad)
+        fields = row_fields(bare(ids), position, self.stream.bos_id, self.token_bytes, ~is_prompt(ids))
+        return with_bad(fields, bad)
 
     def spans(self, indices: np.ndarray) -> list[Span | BadRecord]:
         return self.stream.cut(indices * self.length, np.full(len(indices), self.length + 1))
@@ -80,7 +82,7 @@ class PackedRows:
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields as of `data.packing.fill_rows`."""
         rows, bad = with_substitutes(self.spans, indices, len(self))
-        parts = [[Part(span.ids.astype(np.int32), span.position) for span in row] for row in rows]
+        parts = [[part_of(span) for span in row] for row in rows]
         return with_bad(fill_rows(parts, self.length, self.token_bytes), bad)
 
     def spans(self, indices: np.ndarray) -> list[list[Span] | BadRecord]:
@@ -114,6 +116,11 @@ class Documents:
         return Origin(self.read[FILES][row["file"]], int(row["place"]), span.position)
 
 
+def part_of(span: Span) -> Part:
+    """A prompt comes before what is learned."""
+    return Part(bare(span.ids), span.position, 1 + int(np.count_nonzero(is_prompt(span.ids[1:]))))
+
+
 def good_or_bad(spans: list[Span | BadRecord]) -> list[Span] | BadRecord:
     bad = next((span for span in spans if isinstance(span, BadRecord)), None)
     return bad if bad is not None else spans  # type: ignore[return-value]
@@ -125,28 +132,20 @@ def with_bad(batch: Batch, bad: list[BadRecord]) -> Batch:
 
 def open_prepared(config: PreparedData) -> Dataset:
     """Raises DataError where a source cannot be read, or the sources have other tokenizers than one another."""
-    manifests = [read_manifest(source) for source in config.sources]
-    check_tokenizers(config, manifests)
-    tokenizer = tokenizer_of(config.sources[0], manifests[0])
+    expanded = [folders_of(source) for source in config.sources]
+    folders = [folder for source in expanded for folder, _ in source]
+    manifests = [read_manifest(folder) for folder in folders]
+    check_tokenizers(folders, manifests)
+    tokenizer = tokenizer_of(folders[0], manifests[0])
     opened = [
-        {split: open_split(config, source, manifest, split, tokenizer) for split in ("train", "held_out")}
-        for source, manifest in zip(config.sources, manifests, strict=True)
+        {split: open_split(config, folder, manifest, split, tokenizer) for split in ("train", "held_out")}
+        for folder, manifest in zip(folders, manifests, strict=True)
     ]
     train: list[Examples] = [splits["train"] for splits in opened]
-    for source, rows in zip(config.sources, train, strict=True):
-        if not len(rows):
-            raise DataError(
-                f"{source} has fewer training tokens than one row of data.sequence_length={config.sequence_length}: lower it"
-            )
     held_out = InOrder([splits["held_out"] for splits in opened])
-    if not len(held_out):
-        raise DataError(
-            f"the held-out documents of {', '.join(config.sources)} are fewer tokens than one row of "
-            f"data.sequence_length={config.sequence_length}: lower it"
-        )
-    stages = config.stages_of([len(rows) for rows in train])
+    check_rows(config, folders, train, held_out)
+    stages = shares_of(config, expanded, [len(rows) for rows in train])
     seeds = [seed_of(config.seed, manifest["hash"]) for manifest in manifests]
-    mixture = Mixture(train, seeds, [(step * config.batch_size, shares) for step, shares in stages])
     content = {
         "kind": config.kind,
         "format": PLAN,
@@ -160,29 +159,65 @@ def open_prepared(config: PreparedData) -> Dataset:
         "needs": {"vocab_size": tokenizer.vocab_size},
     }
     counts = {
-        "folders": list(config.sources),
+        "folders": folders,
         "train_rows": [len(rows) for rows in train],
         "held_out_rows": len(held_out),
         "skipped": 0,
     }
     return Dataset(
         manifest=manifest_of(content, counts),
-        train=mixture,
+        train=Mixture(train, seeds, [(step * config.batch_size, shares) for step, shares in stages]),
         held_out=held_out,
         batch_size=config.batch_size,
         seed=config.seed,
-        summary=summary(config, manifests, opened, stages),
+        summary=summary(config, folders, manifests, opened, stages),
         skipped=[],
         shuffled=False,
-        sources=config.sources,
-        threads=REMOTE_THREADS if any("://" in source for source in config.sources) else PREFETCH_THREADS,
+        sources=tuple(folders),
+        threads=REMOTE_THREADS if any("://" in folder for folder in folders) else PREFETCH_THREADS,
         max_bad=config.max_bad,
     )
 
 
-def summary(config: PreparedData, manifests: list[dict], opened: list[dict], stages: list) -> tuple[str, ...]:
+def check_rows(config: PreparedData, folders: list[str], train: list[Examples], held_out: Examples) -> None:
+    for folder, rows in zip(folders, train, strict=True):
+        if not len(rows):
+            raise DataError(
+                f"{folder} has fewer training tokens than one row of data.sequence_length={config.sequence_length}: lower it"
+            )
+    if not len(held_out):
+        raise DataError(
+            f"the held-out documents of {', '.join(folders)} are fewer tokens than one row of "
+            f"data.sequence_length={config.sequence_length}: lower it"
+        )
+
+
+def folders_of(source: str) -> list[tuple[str, float]]:
+    """The prepared folders that a source stands for, and the share of each in it."""
+    if source.startswith("seqio:"):
+        from data.seqio_source import seqio_folders
+
+        return seqio_folders(source)
+    return [(source.rstrip("/"), 1.0)]
+
+
+def shares_of(
+    config: PreparedData, expanded: list[list[tuple[str, float]]], sizes: list[int]
+) -> list[tuple[int, list[float]]]:
+    """(first step, share of each folder) of every stage; folders of `sizes` rows."""
+    ends = np.cumsum([len(source) for source in expanded])
+    totals = [int(part.sum()) for part in np.split(np.array(sizes), ends[:-1])]
+    return [
+        (step, [weight * share for weight, source in zip(weights, expanded, strict=True) for _, share in source])
+        for step, weights in config.stages_of(totals)
+    ]
+
+
+def summary(
+    config: PreparedData, folders: list[str], manifests: list[dict], opened: list[dict], stages: list
+) -> tuple[str, ...]:
     lines = []
-    for number, (source, manifest, splits) in enumerate(zip(config.sources, manifests, opened, strict=True)):
+    for number, (source, manifest, splits) in enumerate(zip(folders, manifests, opened, strict=True)):
         counts = manifest["counts"]
         shares = " then ".join(f"{100 * shares[number]:.3g} %" for _, shares in stages)
         lines.append(
@@ -209,24 +244,28 @@ def seed_of(seed: int, source: str) -> int:
     return int.from_bytes(hashlib.sha256(f"podwright {seed} {source}".encode()).digest()[:8], "big")
 
 
-def check_tokenizers(config: PreparedData, manifests: list[dict]) -> None:
+def check_tokenizers(folders: list[str], manifests: list[dict]) -> None:
     prints = [manifest["tokenizer"]["fingerprint"] for manifest in manifests]
-    for source, other in zip(config.sources[1:], prints[1:], strict=True):
+    for folder, other in zip(folders[1:], prints[1:], strict=True):
         if other != prints[0]:
             raise DataError(
-                f"{source} was tokenised by {other[:24]}, but {config.sources[0]} by {prints[0][:24]}: prepare both with one"
+                f"{folder} was tokenised by {other[:24]}, but {folders[0]} by {prints[0][:24]}: prepare both with one"
             )
 
 
 def tokenizer_of(source: str, manifest: dict[str, Any]) -> Tokenizer:
     """The one that a prepared folder holds."""
-    spec = "bytes" if manifest["tokenizer"]["fingerprint"].startswith("bytes") else f"{source.rstrip('/')}/{MODEL}"
+    model = f"{source.rstrip('/')}/{MODEL}"
+    if manifest["tokenizer"]["fingerprint"].startswith("seqio-"):
+        return vocabulary(manifest["tokenizer"], model)
+    spec = "bytes" if manifest["tokenizer"]["fingerprint"].startswith("bytes") else model
     return load_tokenizer(spec, manifest=manifest)
 
 
 def open_prepared_tokenizer(config: PreparedData, manifest: dict[str, Any] | None = None) -> Tokenizer:
     """The tokenizer alone. With the run's manifest, another one than the run's is refused."""
-    return tokenizer_of(config.sources[0], manifest or read_manifest(config.sources[0]))
+    folder, _ = folders_of(config.sources[0])[0]
+    return tokenizer_of(folder, manifest or read_manifest(folder))
 
 
 def open_split(config: PreparedData, source: str, manifest: dict, split: str, tokenizer: Tokenizer) -> Any:
@@ -235,7 +274,7 @@ def open_split(config: PreparedData, source: str, manifest: dict, split: str, to
     stream = TokenStream(
         [f"{folder}/{shard['file']}" for shard in shards],
         [shard["tokens"] for shard in shards],
-        tokenizer.vocab_size,
+        token_dtype(tokenizer.vocab_size, manifest.get("prompts", False)),
         tokenizer.bos_id,
     )
     documents = Documents(folder, shards)

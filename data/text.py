@@ -50,15 +50,19 @@ class Rows:
         return found
 
 
-def row_fields(ids: np.ndarray, position: np.ndarray, bos: int, token_bytes: np.ndarray) -> Batch:
+def row_fields(
+    ids: np.ndarray, position: np.ndarray, bos: int, token_bytes: np.ndarray, learned: np.ndarray | None = None
+) -> Batch:
     """The fields of `Rows.read` for ids, int32 [B, T + 1], in which every BOS starts a document and nothing else does;
-    position: int64 [B], place of each row's first token in its document."""
+    position: int64 [B], place of each row's first token in its document; learned: bool [B, T + 1], all unless given."""
     tokens, targets = ids[:, :-1], ids[:, 1:]
     starts = tokens == bos
     starts[:, 0] = False
     at = np.arange(tokens.shape[1])
     begun = np.maximum.accumulate(np.where(starts, at, 0), axis=1)  # where the document of each token begins in the row
     predicted = targets != bos
+    if learned is not None:
+        predicted &= learned[:, 1:]
     return {
         "tokens": np.ascontiguousarray(tokens),
         "targets": np.ascontiguousarray(targets),

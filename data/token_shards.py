@@ -31,8 +31,21 @@ REQUESTS = 32  # shards in cloud storage that one batch reads from at a time
 WRITER_OPTIONS = "group_size:1"
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+PROMPT = 2**31  # is added to the ids that are read and not learned, where a split has such
+
+
+def token_dtype(vocab_size: int, prompts: bool = False) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 and not prompts else "<u4")
+
+
+def bare(ids: np.ndarray) -> np.ndarray:
+    """Ids without PROMPT, int32, same shape."""
+    return (ids & np.uint32(PROMPT - 1) if ids.dtype == np.uint32 else ids).astype(np.int32)
+
+
+def is_prompt(ids: np.ndarray) -> np.ndarray:
+    """bool, same shape."""
+    return ids >= PROMPT if ids.dtype == np.uint32 else np.zeros(ids.shape, bool)
 
 
 def records_of(stream: np.ndarray, starts: np.ndarray) -> Iterable[bytes]:
@@ -46,7 +59,7 @@ def records_of(stream: np.ndarray, starts: np.ndarray) -> Iterable[bytes]:
 class Span:
     """A stretch of a stream."""
 
-    ids: np.ndarray  # [n], uint16 or uint32
+    ids: np.ndarray  # [n], uint16 or uint32, PROMPT added where it is not learned
     position: int  # of the first id in its document
     shard: int
     document: int  # in the shard
@@ -58,7 +71,7 @@ class TokenStream:
 
     files: list[str]  # paths, or gs:// addresses
     tokens: list[int]  # of each
-    vocab_size: int
+    dtype: np.dtype
     bos_id: int
 
     def __post_init__(self) -> None:
@@ -92,14 +105,13 @@ class TokenStream:
     def _joined(
         self, span: list[tuple[int, int, int]], blocks: dict[tuple[int, int], bytes | BadRecord]
     ) -> Span | BadRecord:
-        dtype = token_dtype(self.vocab_size)
         parts = []
         for shard, first, last in span:
             for k in range(first // BLOCK, (last - 1) // BLOCK + 1):
                 block = blocks[shard, k]
                 if isinstance(block, BadRecord):
                     return block
-                ids = np.frombuffer(block, dtype, offset=HEADER.itemsize)
+                ids = np.frombuffer(block, self.dtype, offset=HEADER.itemsize)
                 parts.append(ids[max(first - k * BLOCK, 0) : last - k * BLOCK])
         shard, first, _ = span[0]
         position, document = self._place(blocks[shard, first // BLOCK], first % BLOCK)
@@ -120,7 +132,7 @@ class TokenStream:
     def _place(self, record: Any, offset: int) -> tuple[int, int]:
         """Of token `offset` of a block: its place in its document, and this document's number in the shard."""
         header = np.frombuffer(record, HEADER, count=1)[0]
-        ids = np.frombuffer(record, token_dtype(self.vocab_size), offset=HEADER.itemsize)
+        ids = np.frombuffer(record, self.dtype, offset=HEADER.itemsize)
         begun = np.flatnonzero(ids[1 : offset + 1] == self.bos_id) + 1
         if len(begun):
             return offset - int(begun[-1]), int(header["document"]) + len(begun)
@@ -147,7 +159,7 @@ class TokenStream:
     def _checked(self, shard: int, number: int, block: bytes | BadRecord) -> bytes | BadRecord:
         """Whether it has the length that it must have; a file of other content with the same name has not."""
         tokens = min(BLOCK, self.tokens[shard] - number * BLOCK)
-        expected = HEADER.itemsize + tokens * token_dtype(self.vocab_size).itemsize
+        expected = HEADER.itemsize + tokens * self.dtype.itemsize
         if isinstance(block, BadRecord) or len(block) == expected:
             return block
         return BadRecord(self.files[shard], number, "a block of another length")

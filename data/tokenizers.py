@@ -67,8 +67,8 @@ class SentencePieceTokenizer:
     normalisation and no added prefix. Then token_bytes add up to a text's length, too; otherwise to that of the
     normalised text, an unknown token counting nothing."""
 
-    def __init__(self, model: bytes) -> None:
-        """Raises ValueError with a clause when `model` is no SentencePiece model or has no BOS."""
+    def __init__(self, model: bytes, bos_id: int | None = None) -> None:
+        """Raises ValueError with a clause when `model` is no SentencePiece model or has no BOS, and none is given."""
         import sentencepiece  # only those who use it wait for it
 
         if not model:  # SentencePiece would load nothing and complain at each call
@@ -78,7 +78,7 @@ class SentencePieceTokenizer:
         except Exception:
             raise ValueError("is not a SentencePiece model") from None
         self.vocab_size = self._model.get_piece_size()
-        self.bos_id = self._model.bos_id()
+        self.bos_id = self._model.bos_id() if bos_id is None else bos_id
         if self.bos_id < 0:
             raise ValueError("has no BOS token, which marks where a document starts")
         eos = self._model.eos_id()

@@ -10,7 +10,7 @@ import numpy as np
 from data.dataset import DataError, manifest_of
 from data.order import permuted
 from data.prepared import documents_of, files_of, tokenizer_of
-from data.token_shards import Span, TokenStream, in_words, open_records
+from data.token_shards import Span, TokenStream, bare, in_words, open_records, token_dtype
 
 BAR = 40  # characters of the longest bar of a histogram
 SHOWN = 400  # characters of a sample
@@ -45,6 +45,7 @@ def examples(folder: str, manifest: dict[str, Any], samples: int) -> Iterator[tu
     ends = np.cumsum([shard["documents"] for shard in shards])
     total = int(ends[-1])
     files = files_of(local(folder))
+    dtype = token_dtype(tokenizer.vocab_size, manifest.get("prompts", False))
     for number in permuted(np.arange(min(samples, total)), total, 0, 0):
         shard = int(np.searchsorted(ends, number, side="right"))
         table = documents_of(local(folder), shards[shard])
@@ -54,11 +55,11 @@ def examples(folder: str, manifest: dict[str, Any], samples: int) -> Iterator[tu
         stream = TokenStream(
             [f"{local(folder)}/{shards[shard]['file']}"],
             [shards[shard]["tokens"]],
-            tokenizer.vocab_size,
+            dtype,
             tokenizer.bos_id,
         )
         span = stream.cut(np.array([row["start"]]), np.array([min(size, 4 * SHOWN)]))[0]
-        text = tokenizer.decode(span.ids[1:]) if isinstance(span, Span) else f"({span.reason})"
+        text = tokenizer.decode(bare(span.ids[1:])) if isinstance(span, Span) else f"({span.reason})"
         shown = text[:SHOWN] + (" ..." if len(text) > SHOWN or size > 4 * SHOWN else "")
         yield f"{files[row['file']]} at {row['place']:,}: {row['bytes']:,} bytes, {size - 1:,} tokens", shown
 
