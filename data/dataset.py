@@ -146,7 +146,7 @@ class Dataset:
         # A worker holds what it makes, and what waits to be fetched from it.
         batches = self.workers * (WORKER_BATCHES + 2) if self.workers else PREFETCH_BATCHES + self.threads
         who = f"{self.workers} processes" if self.workers else f"{self.threads} threads"
-        return f"{who} read ahead, at most {batches} batches of {batch_bytes / 2**20:,.1f} MiB: {batches * batch_bytes / 2**20:,.0f} MiB"
+        return f"{who} read ahead, at most {batches} batches of {size(batch_bytes)}: {size(batches * batch_bytes)} of host memory"
 
     def describe(self) -> list[str]:
         """At most three lines for the start-up plan: what is there, how it is cut, what was left out and why."""
@@ -161,6 +161,12 @@ class Dataset:
         """int64 [b]: this host's share of the positions of batch `step`."""
         rows = np.arange(self.batch_size) if self.rows is None else self.rows
         return step * self.batch_size + rows.astype(np.int64)
+
+
+def size(count: int) -> str:
+    """`52 KiB`, `9.2 MiB`, `1.3 GiB`"""
+    power = next(power for power in (1, 2, 3) if count < 1000 * 1024**power or power == 3)
+    return f"{count / 1024**power:.3g} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 class WorkerBatches:

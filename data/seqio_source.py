@@ -21,7 +21,7 @@ def seqio_folders(source: str) -> list[tuple[str, float]]:
     shares = folder / "shares.json"
     if not shares.exists():
         if importlib.util.find_spec("seqio") is None:
-            raise DataError(f"{source} needs the package seqio: pip install 'podwright[seqio]'")
+            raise DataError(f"{source} needs the package seqio: pip install -e '.[seqio]'")
         command = [sys.executable, "-m", "data.prepare.seqio_tasks", module, name, str(folder)]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, env={**os.environ, **quiet}, stderr=subprocess.PIPE, text=True)

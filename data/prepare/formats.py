@@ -263,9 +263,7 @@ def needed(module: str, file: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise DataError(
-            f"{file} needs the package {package}: pip install 'podwright[data]', or {package} alone"
-        ) from None
+        raise DataError(f"{file} needs the package {package}: pip install -e '.[data]'") from None
 
 
 LINES = Format(split_lines, read_lines)
