@@ -58,16 +58,20 @@ def row_fields(
     tokens, targets = ids[:, :-1], ids[:, 1:]
     starts = tokens == bos
     starts[:, 0] = False
-    at = np.arange(tokens.shape[1])
-    begun = np.maximum.accumulate(np.where(starts, at, 0), axis=1)  # where the document of each token begins in the row
+    # Counts from the row's first token, less what they had reached where a document begins.
+    segment_pos = position.astype(np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
+    segment_ids = np.ones(tokens.shape, np.int32)
+    for row, at in zip(*np.nonzero(starts), strict=True):
+        segment_pos[row, at:] -= segment_pos[row, at]
+        segment_ids[row, at:] += 1
     predicted = targets != bos
     if learned is not None:
         predicted &= learned[:, 1:]
     return {
         "tokens": np.ascontiguousarray(tokens),
         "targets": np.ascontiguousarray(targets),
-        "segment_pos": (at - begun + np.where(begun > 0, 0, position[:, None])).astype(np.int32),
-        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32) + np.int32(1),
+        "segment_pos": segment_pos,
+        "segment_ids": segment_ids,
         "weights": predicted.astype(np.float32),
         "target_bytes": (token_bytes[targets] * predicted).sum(axis=1, dtype=np.int32),
     }

@@ -6,11 +6,12 @@ blocks that it touches and nothing else: no index in memory, and a document of a
 a shard stands DOCUMENTS, a row of numbers a document, for those who want to know where a text came from.
 """
 
+import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,8 +56,22 @@ def records_of(stream: np.ndarray, starts: np.ndarray) -> Iterable[bytes]:
         yield np.array((document, at - starts[document]), HEADER).tobytes() + stream[at : at + BLOCK].tobytes()
 
 
-@dataclass(frozen=True)
-class Span:
+class Block(NamedTuple):
+    """A record."""
+
+    ids: np.ndarray  # [BLOCK], or fewer at the end
+    document: int  # of the first id, in the shard
+    position: int  # of the first id in its document
+
+    def place(self, offset: int, bos_id: int) -> tuple[int, int]:
+        """Of id `offset`: its place in its document, and this document's number in the shard."""
+        begun = np.flatnonzero(self.ids[1 : offset + 1] == bos_id)
+        if len(begun):
+            return offset - int(begun[-1]) - 1, self.document + len(begun)
+        return offset + self.position, self.document
+
+
+class Span(NamedTuple):
     """A stretch of a stream."""
 
     ids: np.ndarray  # [n], uint16 or uint32, PROMPT added where it is not learned
@@ -86,7 +101,7 @@ class TokenStream:
 
     def cut(self, starts: np.ndarray, lengths: np.ndarray) -> list[Span | BadRecord]:
         """The tokens [start, start + length) of the stream, for each pair, or what could not be read of them."""
-        blocks: dict[tuple[int, int], bytes | BadRecord] = {}
+        blocks: dict[tuple[int, int], Block | BadRecord] = {}
         spans = [self._parts(int(a), int(n)) for a, n in zip(starts, lengths, strict=True)]
         wanted: dict[int, set[int]] = {}
         for parts in spans:
@@ -103,19 +118,18 @@ class TokenStream:
         return [self._joined(span, blocks) for span in spans]
 
     def _joined(
-        self, span: list[tuple[int, int, int]], blocks: dict[tuple[int, int], bytes | BadRecord]
+        self, span: list[tuple[int, int, int]], blocks: dict[tuple[int, int], Block | BadRecord]
     ) -> Span | BadRecord:
-        parts = []
+        parts, place = [], None
         for shard, first, last in span:
             for k in range(first // BLOCK, (last - 1) // BLOCK + 1):
                 block = blocks[shard, k]
                 if isinstance(block, BadRecord):
                     return block
-                ids = np.frombuffer(block, self.dtype, offset=HEADER.itemsize)
-                parts.append(ids[max(first - k * BLOCK, 0) : last - k * BLOCK])
-        shard, first, _ = span[0]
-        position, document = self._place(blocks[shard, first // BLOCK], first % BLOCK)
-        return Span(np.concatenate(parts) if len(parts) > 1 else parts[0], position, shard, document)
+                parts.append(block.ids[max(first - k * BLOCK, 0) : last - k * BLOCK])
+                place = place or block.place(first % BLOCK, self.bos_id)
+        assert place is not None
+        return Span(np.concatenate(parts) if len(parts) > 1 else parts[0], place[0], span[0][0], place[1])
 
     def _parts(self, start: int, length: int) -> list[tuple[int, int, int]]:
         """(shard, first, last) of [start, start + length), a span a shard."""
@@ -129,16 +143,7 @@ class TokenStream:
             start, shard = last, shard + 1
         return found
 
-    def _place(self, record: Any, offset: int) -> tuple[int, int]:
-        """Of token `offset` of a block: its place in its document, and this document's number in the shard."""
-        header = np.frombuffer(record, HEADER, count=1)[0]
-        ids = np.frombuffer(record, self.dtype, offset=HEADER.itemsize)
-        begun = np.flatnonzero(ids[1 : offset + 1] == self.bos_id) + 1
-        if len(begun):
-            return offset - int(begun[-1]), int(header["document"]) + len(begun)
-        return offset + int(header["position"]), int(header["document"])
-
-    def _read(self, shard: int, numbers: list[int]) -> list[bytes | BadRecord]:
+    def _read(self, shard: int, numbers: list[int]) -> list[Block | BadRecord]:
         """Blocks of a shard. Raises DataError where the file as a whole cannot be read."""
         try:
             if self.readers[shard] is None:
@@ -156,13 +161,14 @@ class TokenStream:
         except RuntimeError:
             return BadRecord(self.files[shard], number, "a damaged block")
 
-    def _checked(self, shard: int, number: int, block: bytes | BadRecord) -> bytes | BadRecord:
+    def _checked(self, shard: int, number: int, record: bytes | BadRecord) -> Block | BadRecord:
         """Whether it has the length that it must have; a file of other content with the same name has not."""
-        tokens = min(BLOCK, self.tokens[shard] - number * BLOCK)
-        expected = HEADER.itemsize + tokens * self.dtype.itemsize
-        if isinstance(block, BadRecord) or len(block) == expected:
-            return block
-        return BadRecord(self.files[shard], number, "a block of another length")
+        if isinstance(record, BadRecord):
+            return record
+        ids = np.frombuffer(record, self.dtype, offset=HEADER.itemsize)
+        if len(ids) != min(BLOCK, self.tokens[shard] - number * BLOCK):
+            return BadRecord(self.files[shard], number, "a block of another length")
+        return Block(ids, *struct.unpack_from("<qq", record))
 
 
 def open_records(file: str) -> Any:
