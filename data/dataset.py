@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.bad_records import taken_from
+from data.bad_records import FIELD
 from data.order import example_at
 
 Batch = dict[str, np.ndarray]
@@ -127,11 +127,11 @@ class Dataset:
         for step in range(min(limit, count) if limit else count):
             positions = self._positions(step)
             real = positions[positions < len(self.held_out)]
-            batch = self.held_out.read(real)
-            taken_from(batch)
             yield {
-                name: np.pad(rows, [(0, len(positions) - len(real))] + [(0, 0)] * (rows.ndim - 1))
-                for name, rows in batch.items()
+                name: rows
+                if name == FIELD
+                else np.pad(rows, [(0, len(positions) - len(real))] + [(0, 0)] * (rows.ndim - 1))
+                for name, rows in self.held_out.read(real).items()
             }
 
     def epochs(self, steps: int) -> dict[str, float]:
@@ -149,7 +149,7 @@ class Dataset:
         return f"{who} read ahead, at most {batches} batches of {size(batch_bytes)}: {size(batches * batch_bytes)} of host memory"
 
     def describe(self) -> list[str]:
-        """At most three lines for the start-up plan: what is there, how it is cut, what was left out and why."""
+        """A few lines for the start-up plan: what is there, how it is cut, what was left out and why."""
         return [*self.summary, *([f"skipped {count_reasons(self.skipped, self.unit)}"] if self.skipped else [])]
 
     def _examples(self, step: int) -> np.ndarray:

@@ -37,6 +37,8 @@ def prepare(argv: list[str]) -> int:
     parser.add_argument("--license", default="", help="a note that goes with the data")
     parser.add_argument("--workers", type=count, default=0, help="processes; one a core unless given")
     options = parser.parse_args(argv)
+    if "://" in options.to:
+        raise ConfigError(f"--to {options.to} is not a folder of this machine: copy one there once it is made")
     if not 0 < options.held_out < 1:
         raise ConfigError(f"--held-out={options.held_out:g} leaves nothing on one side: give a share between 0 and 1")
     manifest = run(Settings(**vars(options)), say)

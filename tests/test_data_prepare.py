@@ -311,6 +311,14 @@ def test_a_damaged_file_is_one_bad_document(name, content, reason, tmp_path):
     assert read[-1] == Unusable(reason)
 
 
+def test_nothing_to_prepare_is_one_sentence(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError, match="the files of .* are all empty: nothing to prepare"):
+        open_source(str(tmp_path), "", "text")
+    with pytest.raises(DataError, match=r"holds no file that matches \*\*/\*.md: nothing to prepare"):
+        open_source(str(tmp_path), "**/*.md", "text")
+
+
 def test_a_table_without_the_field_says_what_it_has(tmp_path):
     as_parquet(tmp_path)
     source = open_source(str(tmp_path), "", "body")
@@ -428,6 +436,7 @@ def test_inspect_shows_lengths_and_documents(tmp_path, capsys):
     [
         (["prepare", "/nowhere", "--to", "x"], 3, "/nowhere is neither a file nor a folder"),
         (["prepare", "stdlib"], 2, "required: --to"),
+        (["prepare", "stdlib", "--to", "gs://bucket/x"], 2, "--to gs://bucket/x is not a folder of this machine"),
         (["prepare", "stdlib", "--to", "x", "--held-out", "2"], 2, "argument --held-out: invalid share value: '2'"),
         (["prepare", "stdlib", "--to", "x", "--tokenizer", "bites"], 2, "tokenizer='bites' is not known"),
         (["inspect", "/nowhere"], 3, "/nowhere holds no prepared data (no manifest.json)"),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from configs.compare import differences
 from configs.schema import Config, ConfigError
 from configs.store import from_json
+from data.bad_records import taken_from
 from data.dataset import Dataset
 from models.params import Spec
 from sharding.rules import rules_for
@@ -22,12 +23,15 @@ Place = Callable[[dict[str, np.ndarray]], Batch]
 
 
 def evaluate(program: Callable, model: Any, data: Dataset, batches: int, task: Task, place: Place) -> dict[str, float]:
-    """Metrics over the first `batches` held-out batches (0: all); `program` is task.evaluate, jitted or compiled."""
+    """Metrics over the first `batches` held-out batches (0: all); `program` is task.evaluate, jitted or compiled. Where others
+    stand for records that cannot be used, "bad_records" is how many."""
     sums: dict[str, float] = {}
+    bad = 0
     for batch in data.held_out_batches(batches or None):
+        bad += len(taken_from(batch))
         for name, value in jax.device_get(program(model, place(batch))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    return task.summarise(sums)
+    return task.summarise(sums) | ({"bad_records": float(bad)} if bad else {})
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, spec: Spec) -> Batch:

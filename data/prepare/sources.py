@@ -56,7 +56,10 @@ def open_source(name: str, pattern: str, text_field: str) -> Source:
     if not files:
         with_pattern = f" that matches {pattern}" if pattern else ""
         raise DataError(f"{path} holds no file{with_pattern}: nothing to prepare")
-    return Source(name, str(folder), text_field, tuple(files), cut(folder, files), sorted(skipped))
+    units = cut(folder, files)
+    if not units:
+        raise DataError(f"the files of {path} are all empty: nothing to prepare")
+    return Source(name, str(folder), text_field, tuple(files), units, sorted(skipped))
 
 
 def without_notes(paths: list[str]) -> list[str]:

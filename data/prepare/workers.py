@@ -17,6 +17,8 @@ work: Callable[..., None]  # of a process of the pool: what it does with each un
 
 def in_parallel(function: Callable[..., None], todo: Mapping[int, tuple], total: int, workers: int, what: str) -> None:
     """Calls function(unit, *arguments) for all of `todo`, of `total` units, in `workers` processes (0: one a core)."""
+    if 0 < len(todo) < total:
+        print(f"{what}: {total - len(todo):,} of {total:,} units were done before", flush=True)
     workers = min(workers or os.cpu_count() or 1, len(todo))
     progress = Progress(what, total, total - len(todo))
     with progress:
