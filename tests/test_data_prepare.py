@@ -313,7 +313,7 @@ def test_a_damaged_file_is_one_bad_document(name, content, reason, tmp_path):
 
 def test_nothing_to_prepare_is_one_sentence(tmp_path):
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(DataError, match="the files of .* are all empty: nothing to prepare"):
+    with pytest.raises(DataError, match=r"the files of .* are all empty: nothing to prepare"):
         open_source(str(tmp_path), "", "text")
     with pytest.raises(DataError, match=r"holds no file that matches \*\*/\*.md: nothing to prepare"):
         open_source(str(tmp_path), "**/*.md", "text")
