@@ -10,13 +10,21 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from configs.data_sections import (
+    ChatData,
+    DataConfig,
+    ImageData,
+    PreparedData,
+    RecallData,
+    TextData,
+    TokenizedData,
+)
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 from configs.shared_images import check_shared_images, whole_images
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
 _MATH = ("recompile", "result")  # same arrays, another computation
-_DATA = ("data", "result")
 
 
 def attention_blocks() -> Any:
@@ -181,166 +189,6 @@ class NFNetConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData(Section):
-    """Documents, tokenised, concatenated and cut into rows of equal length."""
-
-    section: ClassVar[str] = "data"
-    kind: ClassVar[str] = "text"
-    corpus: str = setting(
-        "stdlib", "'stdlib' (Python's own sources on this machine) or a folder of text files", changes=_DATA
-    )
-    pattern: str = setting("**/*.py", "glob of the files below the corpus folder", changes=_DATA)
-    tokenizer: str = setting(
-        "bytes",
-        "'bytes', 'sentencepiece:N' (trained on the corpus) or a .model file (gs://, too)",
-        changes=(*_DATA, "checkpoint"),
-    )
-    sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
-    batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    held_out: float = setting(
-        0.05, "share of documents kept for evaluation, by hash of their path", above=0, below=1, changes=_DATA
-    )
-    seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedData(Section):
-    """Documents that `podwright data prepare` tokenised, from one folder or several in fixed shares."""
-
-    section: ClassVar[str] = "data"
-    kind: ClassVar[str] = "prepared"
-    sources: tuple[str, ...] = setting(
-        ("prepared",), "folders that `podwright data prepare` made (gs://, too), or seqio:MODULE:TASK", changes=_DATA
-    )
-    weights: tuple[float, ...] = setting(
-        (), "how much of the rows comes from each source; empty: by their sizes", low=0, changes=_DATA
-    )
-    stages: tuple[str, ...] = setting(
-        (), "other weights from a step on, STEP:WEIGHT:WEIGHT..., in the steps' order", changes=_DATA
-    )
-    packing: str = setting(
-        "concat",
-        "documents end to end, cut anywhere, or pieces of at most a row, each where it fits",
-        choices=("concat", "first-fit", "best-fit"),
-        changes=_DATA,
-    )
-    sequence_length: int = setting(256, "tokens a row T", low=2, changes=(*_DATA, "recompile"))
-    batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
-    max_bad: float = setting(0.01, "share of rows that may be unreadable; above it the run stops", low=0, high=1)
-
-    def check(self) -> None:
-        for source in self.sources:
-            if source.startswith("seqio:") and source.count(":") != 2:
-                raise ConfigError(f"{self.show('sources')}: {source!r} is not seqio:MODULE:TASK")
-        if self.weights:
-            self.check_weights("weights", self.weights)
-        last = 0
-        for stage in self.stages:
-            step, weights = self.stage(stage)
-            if step <= last:
-                raise ConfigError(
-                    f"{self.show('stages')} has step {step} after step {last}: later steps must follow, from step 1 on"
-                )
-            self.check_weights("stages", weights)
-            last = step
-
-    def stage(self, text: str) -> tuple[int, tuple[float, ...]]:
-        try:
-            step, *weights = text.split(":")
-            return int(step), tuple(map(float, weights))
-        except ValueError:
-            raise ConfigError(f"{self.show('stages')}: {text!r} is not STEP:WEIGHT:WEIGHT...") from None
-
-    def check_weights(self, name: str, weights: tuple[float, ...]) -> None:
-        if len(weights) != len(self.sources):
-            raise ConfigError(
-                f"{self.show(name)} has {len(weights)} weights for the {len(self.sources)} of data.sources"
-            )
-        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
-            raise ConfigError(f"{self.show(name)} must have weights of at least 0, one of them above it")
-
-    def stages_of(self, sizes: list[int]) -> list[tuple[int, list[float]]]:
-        """(first step, share of each source) of every stage; sources of `sizes` rows."""
-        stages = [(0, self.weights or tuple(map(float, sizes))), *map(self.stage, self.stages)]
-        return [(step, [weight / sum(weights) for weight in weights]) for step, weights in stages]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatData(Section):
-    """Records of JSON lines, {"prompt": ..., "response": ...} or {"text": ...}; of prompts nothing is learned."""
-
-    section: ClassVar[str] = "data"
-    kind: ClassVar[str] = "chat"
-    files: str = setting("chat.jsonl", "a .jsonl file, or a folder of them", changes=_DATA)
-    tokenizer: str = setting(
-        "bytes", "'bytes' or a SentencePiece .model file: that of the base", changes=(*_DATA, "checkpoint")
-    )
-    template: str = setting(
-        "gemma",
-        "Gemma's turns around prompt and response, or one after the other",
-        choices=("gemma", "plain"),
-        changes=_DATA,
-    )
-    sequence_length: int = setting(
-        256, "tokens a row T; several records share one", low=2, changes=(*_DATA, "recompile")
-    )
-    batch_size: int = setting(8, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    held_out: float = setting(
-        0.05, "share of records kept for evaluation, by hash of their text", above=0, below=1, changes=_DATA
-    )
-    seed: int = setting(0, "order of the rows", low=0, changes=_DATA)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecallData(Section):
-    """Made-up rows that ask for what stood earlier in them: selective copying and induction heads, arXiv 2402.19427, 6.2."""
-
-    section: ClassVar[str] = "data"
-    kind: ClassVar[str] = "recall"
-    task: str = setting(
-        "selective-copy",
-        "repeat the few symbols among noise in order, or name the one that followed a marker",
-        choices=("selective-copy", "induction"),
-        changes=_DATA,
-    )
-    num_symbols: int = setting(
-        16, "ids in all: the last is the marker, the copying task's first is noise", low=4, changes=_DATA
-    )
-    sequence_length: int = setting(272, "tokens a row T, the questions included", low=4, changes=(*_DATA, "recompile"))
-    num_copied: int = setting(16, "symbols to copy (selective-copy)", low=1, changes=_DATA)
-    batch_size: int = setting(32, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    held_out_rows: int = setting(512, "rows kept for evaluation", low=1, changes=_DATA)
-    seed: int = setting(0, "which rows there are", low=0, changes=_DATA)
-
-    def check(self) -> None:
-        if self.task == "selective-copy" and self.sequence_length < 2 * self.num_copied:
-            raise ConfigError(
-                f"{self.show('num_copied')} does not fit twice into {self.show('sequence_length')}: at most "
-                f"{self.sequence_length // 2} does"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageData(Section):
-    """Labelled images."""
-
-    section: ClassVar[str] = "data"
-    kind: ClassVar[str] = "images"
-    source: str = setting(
-        "digits", "scikit-learn's handwritten digits (1,797 of 8 by 8)", choices=("digits",), changes=_DATA
-    )
-    channels: int = setting(
-        1, "of an image: 3 makes three equal ones of grey ones", choices=(1, 3), changes=(*_DATA, "recompile")
-    )
-    image_size: int = setting(16, "pixels a side after resizing", low=8, changes=(*_DATA, "recompile"))
-    batch_size: int = setting(64, "images a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    held_out: float = setting(0.2, "share of images kept for evaluation", above=0, below=1, changes=_DATA)
-    label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, below=1, changes=_MATH)
-    seed: int = setting(0, "order of the images", low=0, changes=_DATA)
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
     section: ClassVar[str] = "optimizer"
     name: str = setting("adamw", "update rule", choices=("adamw", "sgd"), changes=("recompile", "checkpoint", "result"))
@@ -479,8 +327,6 @@ class EvalConfig(Section):
 
 
 ModelConfig = GriffinConfig | GemmaConfig | NFNetConfig
-TokenizedData = TextData | PreparedData | ChatData  # what has a tokenizer
-DataConfig = TextData | PreparedData | ChatData | RecallData | ImageData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -549,3 +395,13 @@ KINDS: dict[str, dict[str, type]] = {
     "model": {cls.kind: cls for cls in typing.get_args(ModelConfig)},
     "data": {cls.kind: cls for cls in typing.get_args(DataConfig)},
 }
+
+__all__ = [  # what others import from here without its being made here
+    "ChatData",
+    "DataConfig",
+    "ImageData",
+    "PreparedData",
+    "RecallData",
+    "TextData",
+    "TokenizedData",
+]

@@ -32,7 +32,7 @@ def taken_from(batch: dict[str, np.ndarray]) -> list[BadRecord]:
     return [BadRecord(*one) for one in json.loads(batch.pop(FIELD).tobytes())] if FIELD in batch else []
 
 
-def with_substitutes(
+def substituted(
     read: Callable[[np.ndarray], Sequence[Any]], indices: np.ndarray, count: int
 ) -> tuple[list[Any], list[BadRecord]]:
     """What `read` gives for the indices, int64 [n] below `count`, in a list; another index stands for each that it gives a
@@ -54,3 +54,7 @@ def with_substitutes(
     raise ValueError(
         f"{ATTEMPTS} records one after the other are bad, the last {found[-1].source} at {found[-1].place}"
     )
+
+
+def with_bad(batch: dict[str, np.ndarray], bad: list[BadRecord]) -> dict[str, np.ndarray]:
+    return {**batch, FIELD: packed(bad)} if bad else batch

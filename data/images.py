@@ -54,6 +54,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def open_images(config: ImageData) -> Dataset:
     """Raises DataError when a split is left without an image."""
+    if config.source != "digits":
+        from data.photos import open_photos  # which needs Pillow
+
+        return open_photos(config)
     pixels, labels = load_digits()
     held_out = np.array([is_held_out(f"{config.source}/{i}", config.held_out) for i in range(len(labels))])
     if held_out.all() or not held_out.any():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from configs.schema import PreparedData
-from data.bad_records import FIELD, BadRecord, packed, with_substitutes
+from data.bad_records import BadRecord, substituted, with_bad
 from data.dataset import PREFETCH_THREADS, Batch, DataError, Dataset, Examples, Origin, manifest_of
 from data.files import read_file
 from data.mixture import InOrder, Mixture
@@ -45,7 +45,7 @@ class SplitRows:
 
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields as of `data.text.Rows`."""
-        rows, bad = with_substitutes(self.spans, indices, len(self))
+        rows, bad = substituted(self.spans, indices, len(self))
         ids = np.stack([row.ids for row in rows])
         position = np.array([row.position for row in rows])
         fields = row_fields(bare(ids), position, self.stream.bos_id, self.token_bytes, ~is_prompt(ids))
@@ -55,7 +55,7 @@ class SplitRows:
         return self.stream.cut(indices * self.length, np.full(len(indices), self.length + 1))
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
-        rows, _ = with_substitutes(self.spans, indices, len(self))
+        rows, _ = substituted(self.spans, indices, len(self))
         found = []
         for first, row in zip(indices * self.length, rows, strict=True):
             begun = np.flatnonzero(row.ids[1 : self.length] == self.stream.bos_id) + 1
@@ -81,7 +81,7 @@ class PackedRows:
 
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields as of `data.packing.fill_rows`."""
-        rows, bad = with_substitutes(self.spans, indices, len(self))
+        rows, bad = substituted(self.spans, indices, len(self))
         parts = [[part_of(span) for span in row] for row in rows]
         return with_bad(fill_rows(parts, self.length, self.token_bytes), bad)
 
@@ -93,7 +93,7 @@ class PackedRows:
         return [good_or_bad([next(found) for _ in range(count)]) for count in counts]
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
-        rows, _ = with_substitutes(self.spans, indices, len(self))
+        rows, _ = substituted(self.spans, indices, len(self))
         return [[self.documents.origin(span) for span in row] for row in rows]
 
 
@@ -124,10 +124,6 @@ def part_of(span: Span) -> Part:
 def good_or_bad(spans: list[Span | BadRecord]) -> list[Span] | BadRecord:
     bad = next((span for span in spans if isinstance(span, BadRecord)), None)
     return bad if bad is not None else spans  # type: ignore[return-value]
-
-
-def with_bad(batch: Batch, bad: list[BadRecord]) -> Batch:
-    return {**batch, FIELD: packed(bad)} if bad else batch
 
 
 def open_prepared(config: PreparedData) -> Dataset:

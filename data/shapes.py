@@ -7,12 +7,14 @@ from configs.schema import DataConfig, ImageData, RecallData
 Field = tuple[tuple[int, ...], type]  # shape over all hosts, dtype
 
 
-def batch_fields(config: DataConfig) -> dict[str, Field]:
-    """Name, shape and dtype of everything in a batch of this kind of data, as its `read` returns it."""
+def batch_fields(config: DataConfig, held_out: bool = False) -> dict[str, Field]:
+    """Name, shape and dtype of everything in a batch of this kind of data, as the `read` of its split returns it."""
     rows = config.batch_size
     if isinstance(config, ImageData):
-        size = config.image_size
+        size = config.pixels_held_out if held_out else config.image_size
+        mixed: dict[str, Field] = {"labels_b": ((rows,), np.int32), "mix": ((rows,), np.float32)}
         return {
+            **(mixed if config.mixes and not held_out else {}),
             "images": ((rows, size, size, config.channels), np.float32),
             "labels": ((rows,), np.int32),
             "weights": ((rows,), np.float32),

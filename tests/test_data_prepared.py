@@ -12,7 +12,7 @@ from test_data_text import expected_rows
 
 from configs.schema import PreparedData
 from data import open_data, prepared
-from data.bad_records import BadRecord, taken_from, with_substitutes
+from data.bad_records import BadRecord, substituted, taken_from
 from data.dataset import DataError
 from data.prepare.pipeline import Settings, prepare
 
@@ -169,16 +169,13 @@ def test_substitutes_are_themselves_substituted_and_end():
     def read(bad):
         return lambda indices: [BadRecord("f", int(i), "bad") if i in bad else int(i) for i in indices]
 
-    items, found = with_substitutes(read(set(range(50))), np.arange(100), 100)
+    items, found = substituted(read(set(range(50))), np.arange(100), 100)
     assert items[50:] == list(range(50, 100))
     assert all(50 <= item < 100 for item in items)
     assert {one.place for one in found} == set(range(50))
-    assert (
-        with_substitutes(read({3}), np.array([3]), 100)[0]
-        == with_substitutes(read({3, 5}), np.array([3, 4]), 100)[0][:1]
-    )
+    assert substituted(read({3}), np.array([3]), 100)[0] == substituted(read({3, 5}), np.array([3, 4]), 100)[0][:1]
     with pytest.raises(ValueError, match="20 records one after the other are bad"):
-        with_substitutes(read(set(range(100))), np.arange(4), 100)
+        substituted(read(set(range(100))), np.arange(4), 100)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def train(
         @functools.cache
         def eval_program():
             evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
-            ready = compiled(evaluating.trace(abstract.model, program.batch).lower())
+            ready = compiled(evaluating.trace(abstract.model, program.held_out).lower())
             hosts.meet()
             return ready
 

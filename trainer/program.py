@@ -28,6 +28,7 @@ class Program:
     init: Callable[..., State]  # the state before the first step; `base` may bring its parameters
     state: State  # shapes, dtypes and shardings
     batch: dict[str, jax.ShapeDtypeStruct]
+    held_out: dict[str, jax.ShapeDtypeStruct]
     step: Any  # the jitted train_step: (state, batch, teacher) -> (state, metrics); the state is donated
 
     def trace(self, teacher: Any | None = None):
@@ -56,11 +57,13 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         offload=config.optimizer.offload,
     )
     rows = NamedSharding(mesh, spec("batch"))
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-        for name, (shape, dtype) in batch_fields(config.data).items()
-    }
-    return Program(init, state, batch, jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh)))
+    batch, held_out = (
+        {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in fields.items()}
+        for fields in (batch_fields(config.data), batch_fields(config.data, held_out=True))
+    )
+    return Program(
+        init, state, batch, held_out, jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
+    )
 
 
 def bytes_per_device(tree: Any, memory: str = "device") -> int:

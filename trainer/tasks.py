@@ -131,6 +131,9 @@ def image_classification(config: Config) -> Task:
         logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=remat_of(config.trainer))
         smooth = data.label_smoothing
         target = cross_entropy(logits, batch["labels"])
+        if data.mixes:
+            share = batch["mix"]
+            target = share * target + (1 - share) * cross_entropy(logits, batch["labels_b"])
         uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
         mean = jnp.mean((1 - smooth) * target + smooth * uniform)
         return mean, {"loss": mean}
