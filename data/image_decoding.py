@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from data.prepare.formats import needed
+from data.packages import needed
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32) * 255  # of ImageNet, RGB
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32) * 255

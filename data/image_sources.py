@@ -13,7 +13,7 @@ import numpy as np
 
 from data.bad_records import BadRecord
 from data.dataset import DataError, Origin, is_held_out
-from data.prepare.tf_example import features
+from data.tf_example import features
 from data.token_shards import open_records
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")

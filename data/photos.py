@@ -97,10 +97,10 @@ class TrainingPhotos:
         return mix_up(a, b, self.config.mixup_alpha, rng)
 
     def finished(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        whole = np.clip(image, 0, 255).astype(np.uint8)
         if self.config.randaugment_layers:
-            whole = rand_augment(whole, self.config.randaugment_layers, self.config.randaugment_magnitude, rng)
-        return normalised(whole)
+            whole = np.clip(image, 0, 255).astype(np.uint8)  # cubic interpolation overshoots
+            image = rand_augment(whole, self.config.randaugment_layers, self.config.randaugment_magnitude, rng)
+        return normalised(image)
 
     def origins(self, positions: np.ndarray) -> list[list[Origin]]:
         return [[self.split.source.origin(int(self.split.numbers[i]))] for i in self.indices(positions)]
@@ -117,9 +117,8 @@ class HeldOutPhotos:
     def read(self, indices: np.ndarray) -> Batch:
         """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, 3], normalised, labels int32 [B], weights float32 [B]."""
         photos, bad = self.split.photos(indices)
-        images = [np.clip(for_evaluation(image, self.size), 0, 255) for image, _ in photos]
         batch = {
-            "images": np.stack([normalised(image) for image in images]),
+            "images": np.stack([normalised(for_evaluation(image, self.size)) for image, _ in photos]),
             "labels": np.array([label for _, label in photos], np.int32),
             "weights": np.ones(len(photos), np.float32),
         }

@@ -24,8 +24,8 @@ from data.prepare.formats import Unusable, format_of
 from data.prepare.pipeline import WORK, Settings, prepare
 from data.prepare.scan import exact_copies
 from data.prepare.sources import open_source
-from data.prepare.tf_example import features
 from data.prepared import documents_of, files_of, read_manifest
+from data.tf_example import features
 from data.token_shards import BLOCK, HEADER
 
 TEXTS = [f"document {i}: " + "größe und wert " * (i % 17 + 1) + "\n" for i in range(60)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data.dataset import DataError
+from data.packages import needed
 from data.token_shards import open_records
 
 END = 2**62
@@ -246,7 +247,7 @@ def read_records(file: str, piece: Piece, field: str) -> Iterator[Found]:
 def record_text(record: bytes, field: str) -> str | Unusable:
     if record[:1] == b"{":
         return json_text(record, field)
-    from data.prepare.tf_example import features
+    from data.tf_example import features
 
     try:
         found = features(record)
@@ -254,16 +255,6 @@ def record_text(record: bytes, field: str) -> str | Unusable:
         return decoded(record)
     values = found.get(field, [])
     return field_text(values[0] if len(values) == 1 else None, field)
-
-
-def needed(module: str, file: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise DataError(f"{file} needs the package {package}: pip install -e '.[data]'") from None
 
 
 LINES = Format(split_lines, read_lines)

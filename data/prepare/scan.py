@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from data.dataset import is_held_out
-from data.prepare.formats import Unusable, needed
+from data.packages import needed
+from data.prepare.formats import Unusable
 from data.prepare.sources import Source
 
 SCANNED = np.dtype(

@@ -1,0 +1,15 @@
+"""Packages that only some data needs."""
+
+import importlib
+from typing import Any
+
+from data.dataset import DataError
+
+
+def needed(module: str, file: str) -> Any:
+    """Raises DataError, in one sentence, where the package is not installed; `file` is what needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise DataError(f"{file} needs the package {package}: pip install -e '.[data]'") from None
