@@ -42,10 +42,30 @@ def cubic(old: int, new: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+@functools.lru_cache(maxsize=4096)
+def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The four neighbours of each new pixel, int64 (4 new), and their weights in `cubic`, float32 (4 new)."""
+    first = np.floor((np.arange(new) + 0.5) * old / new - 0.5).astype(np.int64) - 1
+    index = first + np.arange(4)[:, None]
+    inside = (index >= 0) & (index < old)
+    index = np.clip(index, 0, old - 1)
+    return index, np.where(inside, cubic(old, new)[np.arange(new), index], 0).astype(np.float32)
+
+
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H W C), any type, to float32 (height width C). Values overshoot at edges."""
-    rows = np.tensordot(cubic(image.shape[0], height), image.astype(np.float32), axes=1)
-    return np.einsum("vw,hwc->hvc", cubic(image.shape[1], width), rows, optimize=True)
+    return along(along(image, height, 0), width, 1)
+
+
+def along(image: np.ndarray, new: int, axis: int) -> np.ndarray:
+    """One axis of (H W C) resized, float32."""
+    indices, weights = taps(image.shape[axis], new)
+    shape = (new, 1, 1) if axis == 0 else (new, 1)
+    total = image.take(indices[0], axis) * weights[0].reshape(shape)
+    term = np.empty_like(total)
+    for index, weight in zip(indices[1:], weights[1:], strict=True):
+        total += np.multiply(image.take(index, axis), weight.reshape(shape), out=term)
+    return total
 
 
 def for_evaluation(image: np.ndarray, size: int) -> np.ndarray:
@@ -56,4 +76,4 @@ def for_evaluation(image: np.ndarray, size: int) -> np.ndarray:
 
 def normalised(image: np.ndarray) -> np.ndarray:
     """float32, same shape, of RGB values from 0 to 255."""
-    return (image.astype(np.float32) - MEAN) / DEVIATION
+    return image * (1 / DEVIATION) - MEAN / DEVIATION
