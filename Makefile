@@ -35,6 +35,7 @@ bench: .venv/parity
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.data
 
 clean:
 	rm -rf .venv
