@@ -9,6 +9,8 @@ from data.packages import needed
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32) * 255  # of ImageNet, RGB
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32) * 255
+MOST_PIXELS = 2**27  # a file of a few bytes can claim more than a host's memory
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of Pillow, with 8 bits a channel
 MARGIN = 32  # pixels that evaluation resizes to beyond what it crops (arXiv 2102.06171)
 
 
@@ -17,18 +19,41 @@ class BadImage(Exception):
 
 
 def decoded(content: bytes) -> np.ndarray:
-    """uint8 (H W 3), RGB. Raises BadImage."""
-    if content[:2] == b"\xff\xd8":
+    """uint8 [H, W, 3], red, green and blue, of a JPEG, PNG or WebP by its content, not its name. Grey becomes colour, and
+    transparency and the orientation that a camera noted are left out. Raises BadImage."""
+    if content[:3] == b"\xff\xd8\xff":
+        simplejpeg = needed("simplejpeg", "a JPEG")
         try:
-            return needed("simplejpeg", "a JPEG").decode_jpeg(content, colorspace="RGB")
+            height, width, *_ = simplejpeg.decode_jpeg_header(content)
+            if height * width <= MOST_PIXELS:
+                return simplejpeg.decode_jpeg(content, "RGB")
         except ValueError:
-            pass  # CMYK, which only Pillow turns into RGB, or damaged, which it finds, too
-    image = needed("PIL.Image", "an image")
+            pass  # it also refuses what is merely unusual; Pillow tells that from what is damaged
+    return decoded_by_pillow(content)
+
+
+def decoded_by_pillow(content: bytes) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with image.open(io.BytesIO(content)) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except Exception as error:  # Pillow's decoders have each their own
-        raise BadImage("cut off" if "truncated" in str(error) else "not a readable image") from None
+        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+    except UnidentifiedImageError:
+        raise BadImage("no JPEG, PNG or WebP" if content else "empty") from None
+    except Image.DecompressionBombError:
+        raise BadImage("too large") from None
+    except Exception:  # of a damaged header Pillow's parsers raise whatever comes
+        raise BadImage("damaged or cut off") from None
+    if image.width * image.height > MOST_PIXELS:
+        raise BadImage("too large")
+    if image.mode not in MODES:
+        raise BadImage(f"an image of {image.mode} pixels")
+    try:
+        if image.format == "PNG":  # whose checksums are not looked at while it is decoded
+            image.verify()
+            image = Image.open(io.BytesIO(content))
+        return np.array(image.convert("RGB"))
+    except Exception:
+        raise BadImage("damaged or cut off") from None
 
 
 @functools.lru_cache(maxsize=4096)

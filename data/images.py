@@ -10,6 +10,7 @@ import numpy as np
 from configs.schema import ImageData
 from data.dataset import Batch, DataError, Dataset, Origin, is_held_out, manifest_of
 from data.order import ALGORITHM
+from data.packages import needed
 
 FORMAT = "bilinear-1"  # how stored images become batches: part of every manifest
 
@@ -55,7 +56,8 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def open_images(config: ImageData) -> Dataset:
     """Raises DataError when a split is left without an image."""
     if config.source != "digits":
-        from data.photos import open_photos  # which needs Pillow
+        needed("PIL.Image", config.source)
+        from data.photos import open_photos
 
         return open_photos(config)
     pixels, labels = load_digits()

@@ -67,6 +67,13 @@ def test_images_are_decoded_as_pillow_decodes_them(kind):
     assert np.array_equal(decoded(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
+def test_a_changed_byte_of_a_png_is_found():
+    content = bytearray(encoded(picture(1), "PNG"))
+    content[len(content) // 2] ^= 255
+    with pytest.raises(BadImage, match="damaged or cut off"):
+        decoded(bytes(content))
+
+
 def test_grey_cmyk_and_transparent_images_become_rgb():
     grey = encoded(picture(1)[..., 0])
     assert decoded(grey).shape == (48, 40, 3)
@@ -331,7 +338,7 @@ def test_bad_images_are_reported_and_replaced(folder, tmp_path):
     train = open_data(config(copy, held_out_source=str(folder))).train
     batch = train.read(np.arange(60))
     found = {(record.source, record.reason) for record in taken_from(batch)}
-    assert found == {("ant/00.jpg", "cut off"), ("bee/01.png", "not a readable image")}
+    assert found == {("ant/00.jpg", "damaged or cut off"), ("bee/01.png", "empty")}
     assert len(batch["images"]) == 60
     bad = [p for p in range(60) if train.origins(np.array([p]))[0][0].source in ("ant/00.jpg", "bee/01.png")]
     for place in bad:

@@ -58,7 +58,7 @@ def test_a_step_after_a_checkpoint_is_the_same_to_the_bit(text_run, fourth):
 def test_documents_are_found_where_it_says(text_run, fourth):
     raw = (text_run / "raw.jsonl").read_bytes()
     found = re.findall(r"raw.jsonl at ([\d,]+)(?:, from token ([\d,]+))?\n +(.*)", fourth)
-    assert len(found) > 20
+    assert len(found) > 10
     for place, token, shown in found:
         text = json.loads(raw[int(place.replace(",", "")) :].splitlines()[0])["text"]
         start = max(0, int((token or "0").replace(",", "")) - 1)  # BOS is token 0
