@@ -170,7 +170,7 @@ class ImageData(Section):
         1, "of an image: 3 makes three equal ones of grey ones", choices=(1, 3), changes=(*_DATA, "recompile")
     )
     image_size: int = setting(16, "pixels a side after resizing", low=8, changes=(*_DATA, "recompile"))
-    eval_size: int = setting(0, "pixels a side in evaluation; 0: as in training", low=0)
+    eval_size: int = setting(0, "pixels a side in evaluation; 0: as in training", low=0, changes=("data",))
     augment: str = setting(
         "none",
         "what training sees of an image: all, or a distorted crop, often flipped",

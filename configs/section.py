@@ -72,8 +72,6 @@ def check_value(path: str, field: dataclasses.Field, hint: Any, value: Any) -> N
             allowed = " and ".join(f"{word} {bound:g}" for bound, word, _ in limits if bound is not None)
             raise ConfigError(f"{path}={v!r} is out of range: {type_name(hint)} {allowed} is allowed")
         if meta["choices"] and v not in meta["choices"]:
-            if len(meta["choices"]) == 1:
-                raise ConfigError(f"{path}={v!r} is not allowed: only {meta['choices'][0]} is")
             names = [str(c) for c in meta["choices"]]
             raise ConfigError(f"{path}={v!r} is not one of {', '.join(names)}{perhaps(str(v), names)}")
 

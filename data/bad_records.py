@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import DataError
 from data.order import permuted
 
 ATTEMPTS = 20  # records that are tried in place of a bad one
@@ -38,7 +39,7 @@ def substituted(
     """What `read` gives for the indices, int64 [n] below `count`, in a list; another index stands for each that it gives a
     BadRecord for. Which one depends on the bad index alone. Also returns the bad records.
 
-    Raises a ValueError if there is no end of them.
+    Raises DataError if there is no end of them.
     """
     indices = indices.copy()
     found: list[BadRecord] = []
@@ -51,8 +52,10 @@ def substituted(
         indices[bad] = permuted(indices[bad], count, SUBSTITUTES, attempt)
         for i, item in zip(bad, read(indices[bad]), strict=True):
             items[i] = item
-    raise ValueError(
-        f"{ATTEMPTS} records one after the other are bad, the last {found[-1].source} at {found[-1].place}"
+    last = found[-1]
+    raise DataError(
+        f"{ATTEMPTS} records one after the other are bad, the last {last.source} at {last.place} ({last.reason}): no other can "
+        f"stand for them"
     )
 
 

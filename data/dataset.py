@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.bad_records import FIELD
+from data.errors import DataError
 from data.order import example_at
 
 Batch = dict[str, np.ndarray]
@@ -22,10 +23,6 @@ Batch = dict[str, np.ndarray]
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 8
 WORKER_BATCHES = 2  # that each process has ready
-
-
-class DataError(Exception):
-    """The data a config names cannot be used: one sentence with what was found and what would do."""
 
 
 @dataclass(frozen=True)

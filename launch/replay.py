@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, TokenizedData
 
 if TYPE_CHECKING:
     from configs.schema import Config
     from data.dataset import Origin
     from trainer.replay import Replay
+
+SHOWN = 120  # characters of a document
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +28,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--documents", type=int, default=10, help="how many to list, those with the greatest losses first"
     )
-    parser.add_argument("--characters", type=int, default=120, help="of each document's text to show")
     options = parser.parse_args(argv)
     from trainer.evaluate import read_config
 
@@ -103,10 +104,10 @@ def of_documents(found: "Replay", options) -> list[str]:
             if ids is not None
             else f"  {loss:8.4f}  {where}  {origin}"
         )
-        if ids is not None and hasattr(found.config.data, "batch_size") and found.config.data.kind != "recall":
+        if ids is not None and isinstance(found.config.data, TokenizedData):
             tokenizer = tokenizer or open_tokenizer(options.run, found.config)
             text = tokenizer.decode(ids)
-            lines.append(f"            {text[: options.characters]!r}")
+            lines.append(f"            {text[:SHOWN]!r}")
     return lines
 
 

@@ -72,7 +72,7 @@ def local(folder, packing="concat"):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best-fit"])
-def test_batches_are_those_of_a_local_copy_and_no_shard_is_fetched_whole(
+def test_batches_are_those_of_a_local_copy_and_shards_are_asked_for_by_ranges(
     packing, folder, storage, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("data.prepared.CACHE", str(tmp_path / "local"))

@@ -174,7 +174,7 @@ def test_substitutes_are_themselves_substituted_and_end():
     assert all(50 <= item < 100 for item in items)
     assert {one.place for one in found} == set(range(50))
     assert substituted(read({3}), np.array([3]), 100)[0] == substituted(read({3, 5}), np.array([3, 4]), 100)[0][:1]
-    with pytest.raises(ValueError, match="20 records one after the other are bad"):
+    with pytest.raises(DataError, match="20 records one after the other are bad"):
         substituted(read(set(range(100))), np.arange(4), 100)
 
 

@@ -214,10 +214,17 @@ def test_cutout_is_a_square_of_twice_the_magnitude():
         assert columns.max() - columns.min() + 1 == min(40, columns.max() + 1, 301 - columns.min())
 
 
-def test_each_operation_is_drawn_as_often():
+def test_each_operation_is_drawn_as_often(monkeypatch):
     assert len(OPS) == 16
-    counts = np.bincount(np.random.default_rng(0).integers(16, size=16_000), minlength=16)
+    drawn = []
+    for name in OPS:
+        monkeypatch.setitem(OPS, name, lambda image, m, rng, name=name: drawn.append(name) or image)
+    for seed in range(4000):
+        rand_augment(picture(1, 8, 8), 4, 5.0, np.random.default_rng(seed))
+    counts = np.array([drawn.count(name) for name in OPS])
+    assert counts.sum() == 16_000
     assert counts.min() > 850
+    monkeypatch.undo()
     image = picture(1, 32, 32)
     kinds = {rand_augment(image, 1, 5.0, np.random.default_rng(seed)).tobytes() for seed in range(200)}
     assert len(kinds) >= 16
