@@ -78,6 +78,13 @@ def test_each_source_goes_through_its_epochs_across_stages(counts, data, batch):
     assert np.array_equal(stream["wide"], np.stack([stream["row"]] * 3, 1))
 
 
+def test_a_third_stage_goes_on_where_the_second_left_off():
+    stream = mixture([53, 7], [(0, [1, 1]), (100, [1, 1]), (300, [1, 2])]).read(np.arange(900))
+    rows = stream["row"][stream["source"] == 0]
+    for epoch in range(len(rows) // 53):
+        assert sorted(rows[epoch * 53 : (epoch + 1) * 53]) == list(range(53))
+
+
 def test_shares_change_at_their_step_and_not_before():
     made = mixture([1000, 1000], [(0, [1, 0]), (640, [1, 3]), (1280, [0, 1])])
     source = made.read(np.arange(2000))["source"]
