@@ -16,8 +16,8 @@ from models.convert.peers import recurrentgemma_model
 from models.params import named_leaves
 from sharding.mesh import one_device_mesh
 from sharding.rules import Rules
-from trainer.checkpoint import concrete
 from trainer.tasks import make_task
+from trainer.trees import concrete
 
 
 def of_400m(depth: int, vocab_size: int, rows: int, length: int) -> Config:

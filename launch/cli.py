@@ -131,6 +131,13 @@ def replay(argv: list[str]) -> int:
     return main(argv)
 
 
+def checkpoint(argv: list[str]) -> int:
+    """what is saved, and whether it is whole: checkpoint list RUN, verify RUN, doctor RUN, diff RUN A B, adopt RUN --step N"""
+    from launch.checkpoint_commands import main
+
+    return main(argv)
+
+
 def study(argv: list[str]) -> int:
     """train and compare the models of a study: study NAME [--to DIR] [--full] [--section.field VALUE]"""
     from launch.study import main
@@ -167,6 +174,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "profile": profile,
     "replay": replay,
+    "checkpoint": checkpoint,
     "data": data,
     "study": study,
 }

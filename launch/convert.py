@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from etils import epath
 
 from configs import EXPERIMENTS
 from configs.overrides import Resolved, override, resolve
@@ -22,10 +23,11 @@ from models.convert.layout import LanguageModel, their_shapes, to_ours, to_their
 from models.convert.safetensors_files import holds_safetensors, read_safetensors, write_safetensors
 from models.convert.tensors import ConversionError, Tensor, check_tensors, first_of, resized
 from trainer.array_folder import is_orbax, read_arrays, write_tree
-from trainer.checkpoint import Checkpoints, StorageError, reason
 from trainer.evaluate import read_config
 from trainer.imported import abstract_arrays, write_first_state
 from trainer.lora import merged_tensors
+from trainer.saved import SavedSteps
+from trainer.storage import StorageError, folder_of, reason
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("flax", "hf")
@@ -236,7 +238,7 @@ def export_run(run: str, layout: str, folder: pathlib.Path, dtype: str) -> None:
         raise ConfigError(f"{run} is a {config.model.kind}: {' and '.join(FAMILIES)} can be exported")
     model = language_model(config)
     description = family.to_hf(model) if layout == "hf" else {}
-    step, ours = newest_parameters(pathlib.Path(run).expanduser(), config)
+    step, ours = newest_parameters(folder_of(run), config)
     theirs = family.released(layout, model, to_theirs(model, family.layouts[layout](model), ours))
     cast = {name: tensor.cast(chosen_dtype(dtype)) for name, tensor in theirs.items()}
     with whole_or_none(folder) as partial:
@@ -253,14 +255,11 @@ def export_run(run: str, layout: str, folder: pathlib.Path, dtype: str) -> None:
     print(f"{folder}: {len(cast)} tensors of step {step}, {dtype}, for {layout}")
 
 
-def newest_parameters(run: pathlib.Path, config: Config) -> tuple[int, Mapping[str, Tensor]]:
+def newest_parameters(run: epath.Path, config: Config) -> tuple[int, Mapping[str, Tensor]]:
     """Step and parameters of the newest checkpoint by our names without `model/`, opened but not read."""
-    if not (run / "checkpoints").is_dir():
-        raise StorageError(f"{run} has no checkpoint yet")
-    with contextlib.closing(Checkpoints(run / "checkpoints", config.checkpoint)) as checkpoints:
-        step = checkpoints.latest()
+    step = SavedSteps(run / "checkpoints").newest()
     if step is None:
-        raise StorageError(f"{run} has no committed checkpoint yet")
+        raise StorageError(f"{run} has no checkpoint yet")
     arrays = read_arrays(run / "checkpoints" / str(step) / "state")
     names = [name for name in abstract_arrays(config) if name.startswith("model/")]
     found = {name.removeprefix("model/"): arrays[name.replace("/", ".")] for name in names}

@@ -13,7 +13,7 @@ from typing import Any
 from configs.schema import ConfigError
 from data.dataset import DataError
 from launch.scoring import Scorer, open_scorer, text_config
-from trainer.checkpoint import StorageError, reason
+from trainer.storage import StorageError, reason
 
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval_version")
 

@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
 
 def write_logits(run: str, tokens_file: pathlib.Path, out: pathlib.Path) -> None:
     """Raises ConfigError for tokens the model hasn't got, StorageError for files that can't be read or are there already."""
-    from trainer.checkpoint import StorageError, reason
     from trainer.evaluate import read_config
+    from trainer.storage import StorageError, reason
 
     config = read_config(run)
     if isinstance(config.model, NFNetConfig):

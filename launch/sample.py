@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Iterator
@@ -154,9 +153,10 @@ def run_tokenizer(run: str, data: "TokenizedData") -> "Tokenizer":
     from data.prepared import open_prepared_tokenizer
     from data.text import open_tokenizer
     from trainer.run_folder import read_manifest
+    from trainer.storage import folder_of
 
     # An imported run has met no data yet, and its tokenizer is a file of its own.
-    met_data = (pathlib.Path(run).expanduser() / "data_manifest.json").exists()
+    met_data = (folder_of(run) / "data_manifest.json").exists()
     manifest = read_manifest(run) if met_data else None
     if isinstance(data, PreparedData):
         return open_prepared_tokenizer(data, manifest)

@@ -81,6 +81,13 @@ def together() -> Iterator[None]:
         raise failure
 
 
+def gather(number: int) -> np.ndarray:
+    """Each host's number, by host."""
+    if jax.process_count() == 1:
+        return np.array([number])
+    return np.asarray(multihost_utils.process_allgather(np.array(number)))
+
+
 def asked_to_stop(step: int) -> bool:
     """Whether a host was told to stop and all are to do so after this step: the same answer on every host. (jax listens for
     SIGTERM and for a cloud's notice of preemption.)"""

@@ -12,7 +12,7 @@ from models.attention import self_attention
 from models.gemma import Gemma
 from models.params import Init
 from sharding.rules import rules_for
-from trainer.checkpoint import concrete
+from trainer.trees import concrete
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 

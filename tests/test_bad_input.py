@@ -15,8 +15,8 @@ from runs import ROOT, finish, saved_arrays, signal_at, start, train_command
 
 from configs.overrides import resolve
 from launch.cli import main
-from trainer.checkpoint import StorageError
 from trainer.run_folder import RunFolder, read_metrics
+from trainer.storage import StorageError
 
 NAME = "griffin-tiny"
 

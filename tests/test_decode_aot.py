@@ -15,7 +15,7 @@ from models.griffin import Griffin
 from models.params import Init, cast_kernels
 from models.state import state_bytes
 from sharding.rules import Rules
-from trainer.checkpoint import concrete
+from trainer.trees import concrete
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 

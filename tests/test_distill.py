@@ -18,11 +18,11 @@ from configs.schema import Config, ConfigError, DistillConfig, MeshConfig
 from models.distillation import Output, log_z_target_and_expected
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
-from trainer.checkpoint import StorageError
 from trainer.distill import check_teacher, distilled, open_teacher
 from trainer.evaluate import read_config
 from trainer.loop import train
 from trainer.run_folder import read_manifest, read_metrics
+from trainer.storage import StorageError
 from trainer.tasks import make_task
 
 B, T, V, D, E = 8, 8, 512, 16, 24  # the teacher is wider

@@ -16,7 +16,7 @@ from configs.schema import GriffinConfig
 from models.griffin import Griffin
 from models.params import Init, named_leaves
 from sharding.rules import Rules
-from trainer.checkpoint import concrete
+from trainer.trees import concrete
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "griffin.json").read_text())
 CONFIG = GriffinConfig(

@@ -15,11 +15,11 @@ from data.shapes import batch_fields
 from models.params import named_leaves
 from sharding.mesh import make_mesh, one_device_mesh
 from sharding.rules import rules_for
-from trainer.checkpoint import concrete
 from trainer.evaluate import place_batch
 from trainer.loop import check_batch
 from trainer.step import mean_gradient
 from trainer.tasks import make_task
+from trainer.trees import concrete
 
 EVEN = dict(vocab_size=32, width=32, mlp_width=64, window=12, num_heads=8)
 GRIFFIN = EVEN | dict(rnn_width=32, num_gate_blocks=8)

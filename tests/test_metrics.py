@@ -7,9 +7,9 @@ import pytest
 import tensorboardX.record_writer
 from tensorboardX.proto.event_pb2 import Event
 
-from trainer.checkpoint import StorageError
 from trainer.metrics import Reporter
 from trainer.run_folder import read_metrics
+from trainer.storage import StorageError
 
 LOSSES = {1: 2.5, 2: 1.25, 3: 0.625}
 

@@ -12,7 +12,7 @@ from models.griffin import Griffin
 from models.params import Init
 from models.token_loss import log_z_and_target
 from sharding.rules import rules_for
-from trainer.checkpoint import concrete
+from trainer.trees import concrete
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from models.convert.tensors import PIECE, Tensor
-from trainer.checkpoint import StorageError, reason, to_tree
+from trainer.storage import StorageError, reason
+from trainer.trees import to_tree
 
 PLACEHOLDER = np.zeros((), np.float32)
 DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that describes an array
@@ -37,7 +38,11 @@ def is_orbax(folder: pathlib.Path) -> bool:
 
 
 def _store(folder: pathlib.Path) -> dict[str, Any]:
-    files = {"driver": "file", "path": f"{folder.absolute()}/"}
+    if "://" in str(folder):
+        bucket, _, path = str(folder).partition("://")[2].partition("/")
+        files = {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    else:
+        files = {"driver": "file", "path": f"{folder.absolute()}/"}
     return {"driver": "ocdbt", "base": files} if (folder / "manifest.ocdbt").exists() else files
 
 

@@ -6,7 +6,6 @@ resumes with the same one.
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from models.params import cast_kernels, fitted
 from models.remat import Remat, remat_of
 from trainer.evaluate import load_model, read_config
 from trainer.run_folder import read_manifest
+from trainer.storage import folder_of
 from trainer.tasks import Batch, Sums, Task
 
 
@@ -92,7 +92,7 @@ def fingerprint(manifest: dict) -> str:
 
 def teachers_tokenizer(run: str, config: Config) -> str | None:
     """Its fingerprint, as recorded by a run that has trained; an imported one's file is read. None if nothing tells."""
-    if (pathlib.Path(run).expanduser() / "data_manifest.json").exists():
+    if (folder_of(run) / "data_manifest.json").exists():
         return fingerprint(read_manifest(run))
     file = getattr(config.data, "tokenizer", "")
     return tokenizer_from_file(file).fingerprint if file.endswith(".model") else None

@@ -1,6 +1,5 @@
 """Evaluation on held-out data, inside a run and of a finished one; and opening a run's newest checkpoint."""
 
-import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,10 @@ from data.bad_records import taken_from
 from data.dataset import Dataset
 from models.params import Spec
 from sharding.rules import rules_for
-from trainer.checkpoint import Checkpoints, StorageError, concrete
+from trainer.saved import SavedSteps
+from trainer.storage import StorageError, folder_of
 from trainer.tasks import Batch, Task, make_task
+from trainer.trees import concrete
 
 Place = Callable[[dict[str, np.ndarray]], Batch]
 
@@ -43,7 +44,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, spec: Spec) -> Batch:
 
 def read_config(run: str | pathlib.Path) -> Config:
     """The config a run was started with. Raises StorageError if `run` is not a run."""
-    file = pathlib.Path(run).expanduser() / "config.json"
+    file = folder_of(run) / "config.json"
     try:
         return from_json(file.read_text())
     except OSError:
@@ -53,15 +54,12 @@ def read_config(run: str | pathlib.Path) -> Config:
 def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh, step: int | None = None) -> tuple[Any, int]:
     """Model and step of a run's newest committed checkpoint, or of the one of `step`, laid out on the current `mesh`; the
     rest is not read. Raises StorageError."""
-    folder, task = pathlib.Path(run).expanduser() / "checkpoints", make_task(config)
+    saved, task = SavedSteps(folder_of(run) / "checkpoints"), make_task(config)
     abstract = jax.eval_shape(lambda key: task.init(key, rules_for(mesh).spec), jax.random.key(0))
-    if not folder.is_dir():
+    step = saved.newest() if step is None else step
+    if step is None:
         raise StorageError(f"{run} has no checkpoint yet")
-    with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        if step is None:
-            raise StorageError(f"{run} has no committed checkpoint yet")
-        return jax.jit(task.whole)(checkpoints.restore_part(step, "model", concrete(abstract, mesh))), step
+    return jax.jit(task.whole)(saved.restore_part(step, "model", concrete(abstract, mesh))), step
 
 
 def open_base(config: Config, mesh: Mesh) -> Any:
@@ -70,7 +68,7 @@ def open_base(config: Config, mesh: Mesh) -> Any:
     base = read_config(run)
     unfit = [d for d in differences(base, config) if d.path.startswith("model.") and "checkpoint" in d.effects]
     tokenizers = [getattr(c.data, "tokenizer", None) for c in (base, config)]
-    if (pathlib.Path(run).expanduser() / "data_manifest.json").exists() and None not in tokenizers:
+    if (folder_of(run) / "data_manifest.json").exists() and None not in tokenizers:
         unfit += [d for d in differences(base, config) if d.path == "data.tokenizer"]
     if unfit or base.model.kind != config.model.kind:
         listed = "; ".join(str(d) for d in unfit) or f"model.kind={base.model.kind!r} -> {config.model.kind!r}"

@@ -1,11 +1,13 @@
 """A run that starts from somebody else's parameters: its config, and a checkpoint of step 0 that was never in memory."""
 
 import functools
+import json
 import pathlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from configs.schema import Config
 from configs.store import FILE_NAME, to_json
@@ -14,9 +16,12 @@ from models.params import named_leaves
 from sharding.mesh import one_device_mesh
 from sharding.rules import Rules
 from trainer.array_folder import fill, placeholders
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import JOURNAL, describe, write_whole
+from trainer.checksums import Fingerprint, observed, together
 from trainer.optimizers import make_optimizer, make_schedule
+from trainer.saved import MANIFEST
 from trainer.step import init_state
+from trainer.storage import StorageError, reason
 from trainer.tasks import make_task
 
 
@@ -37,12 +42,20 @@ def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str
         name: parameters[name.removeprefix("model/")] if name.startswith("model/") else zeros(leaf.shape, leaf.dtype)
         for name, leaf in abstract_arrays(config).items()
     }
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint)
-    checkpoints.save(0, placeholders(arrays), {"step": 0, "data_hash": None})
-    checkpoints.finish()
-    checkpoints.close()
-    fill(run / "checkpoints" / "0" / "state", {name.replace("/", "."): tensor for name, tensor in arrays.items()})
+    checkpoints = run / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    step = checkpoints / "0"
+    seen: dict[str, dict[int, Fingerprint]] = {name: {} for name in arrays}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(placeholders(arrays)), meta=ocp.args.JsonSave({}))
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(step.absolute(), args=items)
+    except Exception as error:
+        raise StorageError(f"{step} could not be written: {reason(error)}") from error
+    fill(step / "state", {name.replace("/", "."): observed(tensor, seen[name]) for name, tensor in arrays.items()})
+    manifest = describe(0, arrays, {name: together(pieces.values()) for name, pieces in seen.items()})
+    write_whole(step.joinpath(*MANIFEST), json.dumps(manifest))
+    write_whole(checkpoints / JOURNAL, json.dumps({"0": "saved"}))
     (run / FILE_NAME).write_text(to_json(config))
 
 

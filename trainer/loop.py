@@ -65,7 +65,7 @@ def train(
     task = make_task(config)
     if config.distill.teacher:
         task = distilled(task, config, data.manifest)
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
 
     reporter = Reporter(
         folder.path,
@@ -86,21 +86,22 @@ def train(
         # Shapes and shardings of state and batch, and the step; nothing is allocated yet. `podwright plan` compiles the same.
         program = make_program(config, task, mesh)
         abstract = program.state
-        latest = checkpoints.latest()
+        latest = checkpoints.saved.newest()
         reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
 
         meta: dict = {}
-        if latest is None:
+        resumed = checkpoints.restore_newest(abstract, reporter.say)
+        if resumed is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             base = open_base(config, mesh) if config.finetune.base else None
             init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
             state, start = init(base), 0
         else:
-            state, meta = checkpoints.restore(latest, abstract)
+            state, meta = resumed
             start = meta["step"]
             reporter.say(f"resumed from step {start}")
         if start >= config.trainer.steps:
-            reporter.say(f"nothing to do: {folder.path} already holds step {start} of {config.trainer.steps}")
+            reporter.say(f"nothing to do: {folder.address} already holds step {start} of {config.trainer.steps}")
             return {}
         teacher, taught = open_teacher(config, mesh, meta)
 
@@ -127,9 +128,12 @@ def train(
             return metrics
 
         def save(state: State, step: int) -> None:
-            blocked = checkpoints.save(step, state, {"step": step, "data_hash": data.manifest["hash"], **taught})
+            blocked = checkpoints.save(
+                step, state, {"config": folder.config_hash, "data_hash": data.manifest["hash"], **taught}
+            )
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
+            folder.push()
 
         batches = data.train_batches(start)
         bad_records = BadRecords(folder.path if hosts.first() else None, data.max_bad, reporter.say)
@@ -173,6 +177,7 @@ def train(
                 if stopping:
                     break
         checkpoints.finish()
+        folder.push(wait=True)
         if stop:
             raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
         reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
@@ -189,7 +194,7 @@ def plan(
     optimizer, trainer, every = config.optimizer, config.trainer, config.checkpoint
     kept = f"newest {every.keep_last} kept" + (f", and every {every.keep_every}th" if every.keep_every else "")
     return [
-        f"run         {folder.path} ({config.name})",
+        f"run         {folder.address} ({config.name})",
         f"model       {config.model.kind}, {parameters:,} parameters, {trainer.compute_dtype} compute, "
         f"{state_bytes / 2**20:,.1f} MiB of state",
         f"mesh        {describe(mesh)}",
@@ -201,7 +206,7 @@ def plan(
         f"optimizer   {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
         f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up"
         + (": too few steps to reach the peak" if optimizer.warmup_steps > trainer.steps else ""),
-        f"checkpoints {folder.path / 'checkpoints'}, every {every.every} steps, {kept}",
+        f"checkpoints {folder.checkpoints}, every {every.every} steps, {kept}",
         *([f"teacher     {config.distill.teacher}, {amount(config)}"] if config.distill.teacher else []),
         f"state       {origin(config) if latest is None else f'resume from step {latest}'}",
         *(f"note        {note}" for note in [*config.notes(), *notes(config, mesh), *fallbacks(abstract, mesh)]),

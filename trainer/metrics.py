@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sharding.topologies import peak_flops
-from trainer.checkpoint import StorageError, reason
+from trainer.storage import StorageError, reason
 
 FLUSH_SECONDS = 10.0  # that a point may be missing from TensorBoard
 

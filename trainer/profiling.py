@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from configs.schema import Config, ConfigError
-from trainer.checkpoint import StorageError, reason
+from trainer.storage import StorageError, reason
 
 FOLDER = "profile"  # of a run; TensorBoard's --logdir
 PROGRAM = "step.hlo.txt"  # beside a trace: the compiled step, which knows the layer of each of its operations

@@ -16,11 +16,11 @@ from configs.schema import Config
 from data.shapes import batch_fields
 from sharding.flags import compiler_options
 from sharding.rules import rules_for
-from trainer.checkpoint import concrete
 from trainer.offload import moments_on_host
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.step import State, init_state, train_step
 from trainer.tasks import Task
+from trainer.trees import concrete
 
 
 @dataclass(frozen=True)

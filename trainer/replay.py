@@ -1,8 +1,6 @@
 """One step of a run once more: the very batch, the parameters that it met, its losses and gradients."""
 
-import contextlib
 import functools
-import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +17,13 @@ from models.params import path_name
 from sharding.flags import compiled
 from sharding.mesh import make_mesh, simulate_devices
 from sharding.rules import rules_for
-from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import open_base, place_batch, read_config
 from trainer.program import Program, make_program
 from trainer.run_folder import changed_entries, read_manifest, read_metrics
+from trainer.saved import SavedSteps
 from trainer.step import State, mean_gradient
+from trainer.storage import folder_of
 from trainer.tasks import Task, cross_entropy, make_task, token_losses
 
 
@@ -101,13 +100,10 @@ def check_same_data(run: str, data: Dataset) -> None:
 
 def state_before(run: str, config: Config, program: Program, step: int, mesh: Any) -> tuple[State, int, dict]:
     """The newest saved state before `step`, or the first one, which was never saved; its step, and what was noted of it."""
-    folder = pathlib.Path(run).expanduser() / "checkpoints"
-    if folder.is_dir():
-        with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
-            saved = [found for found in checkpoints.manager.all_steps() if found < step]
-            if saved:
-                state, meta = checkpoints.restore(max(saved), program.state)
-                return state, max(saved), meta
+    saved = SavedSteps(folder_of(run) / "checkpoints")
+    if before := [found for found in saved.steps() if found < step]:
+        state, manifest = saved.restore(before[-1], program.state)
+        return state, before[-1], manifest
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     base = open_base(config, mesh) if config.finetune.base else None
     init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)

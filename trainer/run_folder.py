@@ -7,16 +7,21 @@ checkpoints/STEP/    committed states             tensorboard/    curves
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable
 
+from etils import epath
+
 from configs.compare import Difference, differences
 from configs.schema import Config, ConfigError
 from configs.store import from_json, to_json
 from data.dataset import DataError
-from trainer.checkpoint import StorageError, reason
+from trainer.mirror import Mirror
+from trainer.saved import SavedSteps
+from trainer.storage import StorageError, folder_of, reason
 
 REFUSED = ("data", "checkpoint", "result")  # a change with one of these effects breaks the promise of an exact resume
 
@@ -28,12 +33,14 @@ class RunFolder:
     """
 
     def __init__(self, path: str | pathlib.Path, config: Config, allow: Iterable[str] = (), owner: bool = True):
-        if "://" in str(path):
-            raise ConfigError(
-                f"--run {path} is not a folder of this machine: runs on cloud storage are not supported yet"
-            )
-        self.path = pathlib.Path(path).expanduser()
+        if "://" in str(path) and not str(path).startswith("gs://"):
+            raise ConfigError(f"--run {path} is neither a folder of this machine nor one of gs://")
+        self.mirror = Mirror(str(path), owner) if "://" in str(path) else None
+        self.path = self.mirror.path if self.mirror else pathlib.Path(path).expanduser()
+        self.address = self.mirror.address if self.mirror else self.path
+        self.checkpoints = epath.Path(self.address) / "checkpoints"
         self.config_file = self.path / "config.json"
+        self.config_hash = hashlib.sha256(to_json(config).encode()).hexdigest()
         self.changes: list[Difference] = []
         self.owner = owner
         if not owner:
@@ -102,8 +109,7 @@ class RunFolder:
 
     def _saved_steps(self) -> set[str]:
         """Names below checkpoints/; step 0 alone is what `podwright import` leaves."""
-        checkpoints = self.path / "checkpoints"
-        return {entry.name for entry in checkpoints.iterdir()} if checkpoints.is_dir() else set()
+        return {str(step) for step in SavedSteps(self.checkpoints).found()}
 
     def write(self, name: str, text: str) -> None:
         """Replace a small file in one step, so that a kill leaves the old or the new one, never half of it."""
@@ -125,9 +131,18 @@ class RunFolder:
                 )
         self.write("data_manifest.json", json.dumps(manifest, indent=1))
 
+    def push(self, wait: bool = False) -> None:
+        """Copy the files of a run on cloud storage there; earlier failures are raised. Raises StorageError."""
+        if self.owner and self.mirror:
+            self.mirror.push(wait)
+
     def close(self) -> None:
         if not self.owner:
             return
+        if self.mirror:
+            with contextlib.suppress(StorageError):  # what ended the run is told, not this
+                self.mirror.push(wait=True)
+            self.mirror.close()
         with contextlib.suppress(OSError):
             self._lock_file.truncate(0)
             self._lock_file.close()
@@ -148,7 +163,7 @@ def changed_entries(saved: dict, now: dict) -> str:
 
 def read_manifest(run: str | pathlib.Path) -> dict:
     """What the data of a run was. Raises StorageError if the run never got as far as its data."""
-    file = pathlib.Path(run).expanduser() / "data_manifest.json"
+    file = folder_of(run) / "data_manifest.json"
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -158,7 +173,7 @@ def read_manifest(run: str | pathlib.Path) -> dict:
 def read_metrics(run: str | pathlib.Path, kind: str) -> dict[int, dict]:
     """Records of one kind ("train", "eval", "save") by step. A step repeated after a resume counts as last written."""
     records = {}
-    with open(pathlib.Path(run) / "metrics.jsonl") as lines:
+    with (folder_of(run) / "metrics.jsonl").open() as lines:
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a last line
                 record = json.loads(line)

@@ -1,0 +1,83 @@
+"""The small files of a run that lives on cloud storage: written on this machine, and copied there at every save.
+
+Objects cannot be appended to, so a run's log and metrics grow here and are copied whole. Checkpoints go there directly.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+import uuid
+
+from etils import epath
+
+from trainer.storage import StorageError, reason
+
+OWNER = "owner.json"  # whose run this is now: the newest process to start, as a preempted one can't give it back
+HERE = ("lock", "checkpoints")  # what is not copied
+
+
+class Mirror:
+    """A folder of this machine for a run at `address`, with what is already there. Raises StorageError."""
+
+    def __init__(self, address: str, owner: bool) -> None:
+        self.address = epath.Path(address)
+        name = f"{self.address.name}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+        self.path = pathlib.Path("~/.cache/podwright/runs").expanduser() / name
+        self.identity = uuid.uuid4().hex
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._copying: concurrent.futures.Future | None = None
+        if owner:
+            try:
+                self._fetch()
+                (self.address / OWNER).write_text(json.dumps({"process": self.identity}))
+            except Exception as error:
+                raise StorageError(f"{address} cannot be used: {reason(error)}") from error
+
+    def _fetch(self) -> None:
+        """What is there counts, unless what is here goes on from it: this machine's own run, that was killed between copies."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        there = {}
+        if self.address.exists():
+            for entry in self.address.iterdir():
+                if entry.name not in (*HERE, OWNER) and not entry.is_dir():
+                    there[entry.name] = entry.read_bytes()
+        for file in self.path.iterdir():
+            if file.is_file() and file.name not in there and file.name not in HERE:
+                file.unlink()
+        for name, content in there.items():
+            file = self.path / name
+            if not (file.exists() and file.read_bytes().startswith(content)):
+                file.write_bytes(content)
+
+    def push(self, wait: bool = False) -> None:
+        """Copy what changed, in the background; the failure of an earlier copy is raised here. Raises StorageError."""
+        try:
+            if self._copying is not None:
+                self._copying.result()
+            self._copying = self._thread.submit(self._copy)
+            if wait:
+                self._copying.result()
+        except StorageError:
+            raise
+        except Exception as error:
+            raise StorageError(f"{self.address} could not be written: {reason(error)}") from error
+
+    def _copy(self) -> None:
+        now = json.loads((self.address / OWNER).read_text())["process"]
+        if now != self.identity:
+            raise StorageError(
+                f"another process has taken over {self.address}: this one stops, its newer steps are not kept"
+            )
+        for file in sorted(self.path.rglob("*")):
+            inside = file.relative_to(self.path)
+            if not file.is_file() or inside.parts[0] in HERE or file.name.endswith(".partial"):
+                continue
+            known = (file.stat().st_mtime_ns, file.stat().st_size)
+            if self._copied.get(file) != known:
+                self.address.joinpath(*inside.parts).write_bytes(file.read_bytes())
+                self._copied[file] = known
+
+    def close(self) -> None:
+        self._thread.shutdown()
