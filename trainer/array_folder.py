@@ -28,7 +28,10 @@ def read_arrays(folder: pathlib.Path) -> dict[str, Tensor]:
         store, context = _store(folder), ts.Context()
         keys = [key.decode() for key in ts.KvStore.open(store, context=context).result().list().result()]
         names = {key.rpartition("/")[0]: key.rpartition("/")[2] for key in keys if key.endswith(tuple(DRIVERS))}
-        return {name: _opened(store, context, name, DRIVERS[file]) for name, file in names.items()}
+        opening = {
+            name: ts.open(_spec(store, name, DRIVERS[file]), read=True, context=context) for name, file in names.items()
+        }
+        return {name: _opened(name, future.result()) for name, future in opening.items()}
     except Exception as error:
         raise StorageError(f"{folder} cannot be read as an orbax checkpoint: {reason(error)}") from error
 
@@ -50,9 +53,7 @@ def _spec(store: dict[str, Any], name: str, driver: str) -> dict[str, Any]:
     return {"driver": driver, "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}}
 
 
-def _opened(store: dict[str, Any], context: ts.Context, name: str, driver: str) -> Tensor:
-    array = ts.open(_spec(store, name, driver), read=True, context=context).result()
-
+def _opened(name: str, array: ts.TensorStore) -> Tensor:
     def read(first: int, end: int) -> np.ndarray:
         try:
             return np.asarray((array[first:end] if array.rank else array).read().result())

@@ -24,7 +24,7 @@ from models.params import named_leaves
 from sharding import hosts
 from trainer.checksums import Fingerprint, fingerprints
 from trainer.saved import SavedSteps, array_entries
-from trainer.storage import DamagedError, StorageError, reason
+from trainer.storage import DamagedError, StorageError, entries, reason
 from trainer.trees import to_tree
 
 FORMAT = 1  # of the manifest
@@ -137,7 +137,7 @@ class Checkpoints:
         removed = []
         journal = read_journal(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for entry in list(self.folder.iterdir()):
+        for entry in entries(self.folder):
             step, _, rest = entry.name.partition(".")
             if journal.get(step) not in ("saving", "deleting"):
                 continue

@@ -21,7 +21,7 @@ from trainer.imported import abstract_arrays
 from trainer.program import bytes_per_device, make_program
 from trainer.run_folder import read_metrics
 from trainer.saved import MANIFEST, MARKER, RESTORE_GIB, SavedSteps, array_entries
-from trainer.storage import DamagedError, StorageError, few, folder_of
+from trainer.storage import DamagedError, StorageError, entries, few, folder_of
 from trainer.tasks import make_task
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -158,7 +158,7 @@ def findings(run: str) -> list[str]:
     journal, usable, lines = read_journal(saved.folder), saved.steps(), []
     for step in saved.found():
         lines.append(f"step {step}: {condition(saved, step, journal.get(str(step)), step in usable)}")
-    for entry in sorted(saved.folder.iterdir(), key=lambda it: it.name):
+    for entry in entries(saved.folder):
         if entry.name.partition(".")[2].startswith(TEMPORARY[1:]):
             whose = journal.get(entry.name.partition(".")[0])
             lines.append(
@@ -170,7 +170,7 @@ def findings(run: str) -> list[str]:
                 )
             )
         elif entry.name == SET_ASIDE:
-            names = sorted(it.name for it in entry.iterdir())
+            names = [it.name for it in entries(entry)]
             lines.append(f"set aside, damaged or superseded: {', '.join(names)} in {entry}; yours to remove")
     sound = [step for step in usable if not quick_look(saved, step)]
     lines.append(

@@ -11,7 +11,7 @@ import uuid
 
 from etils import epath
 
-from trainer.storage import StorageError, reason
+from trainer.storage import StorageError, entries, reason
 
 OWNER = "owner.json"  # whose run this is now: the newest process to start, as a preempted one can't give it back
 HERE = ("lock", "checkpoints")  # what is not copied
@@ -39,10 +39,9 @@ class Mirror:
         """What is there counts, unless what is here goes on from it: this machine's own run, that was killed between copies."""
         self.path.mkdir(parents=True, exist_ok=True)
         there = {}
-        if self.address.exists():
-            for entry in self.address.iterdir():
-                if entry.name not in (*HERE, OWNER) and not entry.is_dir():
-                    there[entry.name] = entry.read_bytes()
+        for entry in entries(self.address):
+            if entry.name not in (*HERE, OWNER) and not entry.is_dir():
+                there[entry.name] = entry.read_bytes()
         for file in self.path.iterdir():
             if file.is_file() and file.name not in there and file.name not in HERE:
                 file.unlink()

@@ -16,7 +16,7 @@ from etils import epath
 from models.params import named_leaves
 from sharding import hosts
 from trainer.checksums import Fingerprint, fingerprints
-from trainer.storage import DamagedError, StorageError, everything_said, few, folder_of, reason
+from trainer.storage import DamagedError, StorageError, entries, everything_said, few, folder_of, reason
 from trainer.trees import from_tree, to_tree
 
 MARKER = "commit_success.txt"
@@ -41,9 +41,7 @@ class SavedSteps:
     def found(self) -> list[int]:
         """Every folder that is named like a step, ascending. Raises StorageError."""
         try:
-            if not self.folder.exists():
-                return []
-            return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal())
+            return sorted(int(entry.name) for entry in entries(self.folder) if entry.name.isdecimal())
         except Exception as error:
             raise StorageError(f"{self.folder} cannot be listed: {reason(error)}") from error
 

@@ -41,3 +41,11 @@ def few(names: list[str], separator: str = ", ") -> str:
 def folder_of(run: epath.PathLike) -> epath.Path:
     """A run's folder, on this machine or on cloud storage (gs://...)."""
     return epath.Path(run) if "://" in str(run) else epath.Path(pathlib.Path(run).expanduser())
+
+
+def entries(folder: epath.Path) -> list[epath.Path]:
+    """What is in a folder, by name; nothing if it does not exist. (On cloud storage an empty one doesn't.)"""
+    try:
+        return sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
