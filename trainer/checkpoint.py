@@ -69,6 +69,11 @@ class Checkpoints:
             saved = reader.restore((self.folder / str(step) / "state").absolute(), args=how)
         return from_tree(abstract, saved[part])
 
+    def drop(self, step: int) -> None:
+        """Delete a committed step."""
+        with self._explained(f"rid of step {step}"):
+            self.manager.delete(step)
+
     def check(self) -> None:
         """Raise StorageError if a save in the background has failed."""
         with self._explained("saved in the background"):

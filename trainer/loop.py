@@ -27,6 +27,7 @@ from trainer.bad_records import BadRecords
 from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
+from trainer.guard import Guard, read_rollbacks, recent_values, saved_part, with_recent, without_left_out
 from trainer.metrics import Reporter
 from trainer.offload import check_host_memory, notes
 from trainer.profiling import StepProfiler
@@ -61,6 +62,9 @@ def train(
         data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
         check_fits(config, data.manifest)
         folder.check_data(data.manifest, allowed="data" in allow)
+        rollbacks = read_rollbacks(folder.path) if hosts.first() else []
+    rollbacks = hosts.from_first(rollbacks)
+    data = without_left_out(data, config.guard, rollbacks)
 
     task = make_task(config)
     if config.distill.teacher:
@@ -76,6 +80,7 @@ def train(
         config.trainer.log_every,
         silent=not hosts.first(),
     )
+    guard = Guard(config.guard, rollbacks, reporter)
     with (
         jax.set_mesh(mesh),
         stop_signals() as stop,
@@ -89,15 +94,25 @@ def train(
         latest = checkpoints.latest()
         reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
 
-        meta: dict = {}
-        if latest is None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            base = open_base(config, mesh) if config.finetune.base else None
-            init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
-            state, start = init(base), 0
-        else:
-            state, meta = checkpoints.restore(latest, abstract)
-            start = meta["step"]
+        def state_at(saved: int | None) -> tuple[State, dict]:
+            """A saved state and what was noted of it, or the first one."""
+            meta: dict = {}
+            if saved is None:
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, saved_part(abstract))
+                base = open_base(config, mesh) if config.finetune.base else None
+                init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
+                state = init(base)
+            else:
+                state, meta = checkpoints.restore(saved, saved_part(abstract))
+            if abstract.recent is not None:
+                window = config.guard.window
+                values = recent_values(folder.path, saved or 0, window) if hosts.first() else []
+                state = with_recent(state, abstract, hosts.from_first(values))
+            return state, meta
+
+        state, meta = state_at(latest)
+        start = meta.get("step", 0)
+        if latest is not None:
             reporter.say(f"resumed from step {start}")
         if start >= config.trainer.steps:
             reporter.say(f"nothing to do: {folder.path} already holds step {start} of {config.trainer.steps}")
@@ -127,22 +142,42 @@ def train(
             return metrics
 
         def save(state: State, step: int) -> None:
-            blocked = checkpoints.save(step, state, {"step": step, "data_hash": data.manifest["hash"], **taught})
+            blocked = checkpoints.save(
+                step, saved_part(state), {"step": step, "data_hash": data.manifest["hash"], **taught}
+            )
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
 
-        batches = data.train_batches(start)
+        def logged(step: int, metrics: dict, waited: float) -> bool:
+            """Log a step; whether the run goes on from it, and does not roll back."""
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            reporter.train(step, values, waited)
+            return guard.accepts(step, values)
+
+        feed = contextlib.ExitStack()
+        batches = feed.enter_context(contextlib.closing(data.train_batches(start)))
         bad_records = BadRecords(folder.path if hosts.first() else None, data.max_bad, reporter.say)
         evaluation: dict[str, float] = {}
         pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
         reporter.start_clock()
         with (
-            contextlib.closing(batches),
+            feed,
             jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
             StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
         ):
             profiler.resumed(start)
-            for step in range(start + 1, config.trainer.steps + 1):
+            step, turn, go_back = start, 0, False
+            while step < config.trainer.steps or go_back:
+                if go_back:  # the newest state is a bad one: free it first
+                    del state
+                    with jax.transfer_guard("allow"):
+                        saved, data = guard.roll_back(checkpoints, data)
+                        state, _ = state_at(saved)
+                    feed.close()
+                    batches = feed.enter_context(contextlib.closing(data.train_batches(saved or 0)))
+                    step, pending, go_back = saved or 0, None, False
+                    reporter.start_clock()
+                step, turn = step + 1, turn + 1
                 profiler.before(step, step_program)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     asked = time.perf_counter()
@@ -151,18 +186,21 @@ def train(
                     waited = time.perf_counter() - asked
                     state, metrics = step_program(state, place(batch), teacher)
                 profiler.after(step, metrics)
-                if pending:
-                    reporter.train(*read(pending))
+                if pending and not logged(*pending):
+                    go_back = True
+                    continue
                 pending = (step, metrics, waited)
 
                 last = step == config.trainer.steps
-                if hosts.asked_to_stop(step):
+                if hosts.asked_to_stop(turn):  # steps may come again, turns don't
                     stop.append("SIGTERM")
                 stopping = bool(stop)
                 evaluating = last or (config.eval.every and step % config.eval.every == 0)
                 saving = last or stopping or step % config.checkpoint.every == 0
                 if evaluating or saving:
-                    reporter.train(*read(pending))  # so that a saved step is always a logged and a finite one
+                    if not logged(*pending):  # so that a saved step is always a logged and a good one
+                        go_back = True
+                        continue
                     pending = None
                     if evaluating:
                         evaluation = evaluate_now(state, step)
@@ -227,11 +265,6 @@ def amount(config: Config) -> str:
 def origin(config: Config) -> str:
     base = config.finetune.base
     return f"new, the parameters of {base}" if base else f"new, from seed {config.trainer.seed}"
-
-
-def read(pending: tuple) -> tuple[int, dict[str, float], float]:
-    step, metrics, waited = pending
-    return step, {name: float(value) for name, value in jax.device_get(metrics).items()}, waited
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

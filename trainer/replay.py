@@ -22,6 +22,7 @@ from sharding.rules import rules_for
 from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import open_base, place_batch, read_config
+from trainer.guard import read_rollbacks, recent_values, saved_part, with_recent, without_left_out
 from trainer.program import Program, make_program
 from trainer.run_folder import changed_entries, read_manifest, read_metrics
 from trainer.step import State, mean_gradient
@@ -49,6 +50,7 @@ def replay(run: str, step: int, quick: bool, say: Callable[[str], None]) -> Repl
     simulate_devices(config.mesh)
     data = open_data(config.data)
     check_same_data(run, data)
+    data = without_left_out(data, config.guard, read_rollbacks(run))
     mesh, task = make_mesh(config.mesh), make_task(config)
     if config.distill.teacher:
         task = distilled(task, config, data.manifest)
@@ -106,12 +108,13 @@ def state_before(run: str, config: Config, program: Program, step: int, mesh: An
         with contextlib.closing(Checkpoints(folder, config.checkpoint)) as checkpoints:
             saved = [found for found in checkpoints.manager.all_steps() if found < step]
             if saved:
-                state, meta = checkpoints.restore(max(saved), program.state)
-                return state, max(saved), meta
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+                state, meta = checkpoints.restore(max(saved), saved_part(program.state))
+                values = recent_values(pathlib.Path(run).expanduser(), max(saved), config.guard.window)
+                return with_recent(state, program.state, values), max(saved), meta
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, saved_part(program.state))
     base = open_base(config, mesh) if config.finetune.base else None
     init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
-    return init(base), 0, {}
+    return with_recent(init(base), program.state, []), 0, {}
 
 
 def losses(config: Config, model: Any, batch: dict[str, jax.Array]) -> jax.Array:
