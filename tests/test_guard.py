@@ -1,12 +1,14 @@
 """After a bad batch a run goes on as one that never saw it, or left its update out; or it ends in one sentence."""
 
 import json
+import math
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,11 @@ import numpy as np
 import pytest
 from runs import finish, saved_arrays, start, train_command
 
-from configs.guard import windows_of
+from configs.guard import GuardConfig, windows_of
 from configs.schema import ConfigError
 from data.left_out import batch_number, merged
 from sharding import hosts
-from trainer.guard import judge, read_rollbacks
+from trainer.guard import Guard, NumericsError, judge, read_rollbacks
 from trainer.run_folder import read_metrics
 
 # `podwright` with some batches of the data spoilt, by their numbers from 1: weights that are no numbers, or other targets.
@@ -82,7 +84,9 @@ def test_a_rollback_gives_the_run_that_never_saw_the_batch(tmp_path, without_13)
     run = tmp_path / "run"
     code, out, err = finish(poisoned(command(run, *ROLLBACK), "13"))
     assert code == 0, err
-    assert re.search(r"step 13: grad_norm nan, loss nan; rolled back to step 10, batch 13 left out \(rollback 1 of", out)
+    assert re.search(
+        r"step 13: grad_norm nan, loss nan; rolled back to step 10, batch 13 left out \(rollback 1 of", out
+    )
     (rollback,) = read_rollbacks(run)
     assert rollback["step"] == 13
     assert rollback["returned_to"] == 10
@@ -108,20 +112,6 @@ def test_a_run_killed_after_its_rollback_still_leaves_the_batch_out(tmp_path, wi
     code, out, err = finish([sys.executable, "-m", "launch", "replay", str(run), "--step", "18"])
     assert code == 0, err
     assert out.count("bit-identical") == 2
-
-
-@pytest.mark.multiprocess
-def test_a_window_that_reaches_behind_a_checkpoint_takes_it_along(tmp_path):
-    """Batches 9 to 12 are left out: checkpoint 10 has learned from two of them, 5 from none."""
-    run, reference = tmp_path / "run", tmp_path / "reference"
-    code, out, err = finish(poisoned(command(run, *ROLLBACK, "--guard.batches", "4"), "12"))
-    assert code == 0, err
-    assert "rolled back to step 5, batches 9 to 12 left out" in out
-    assert finish(command(reference, "--guard.skip_batches", "9-12"))[0] == 0
-    assert_same(run, reference)
-    assert saved_arrays(run, 10)["step"] == 10  # made again
-    for key, value in saved_arrays(run, 10).items():
-        assert value.tobytes() == saved_arrays(reference, 10)[key].tobytes(), key
 
 
 @pytest.mark.multiprocess
@@ -152,32 +142,47 @@ def test_a_skipped_update_leaves_all_as_it_was_and_the_others_bit_for_bit(tmp_pa
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("policy", "sentence"),
-    [
-        ("rollback", r"at step 6, after 2 rollbacks, all that guard\.limit allows: .*rollbacks\.jsonl lists them\n"),
-        ("skip", r"at step 8, after 2 skipped updates in a row, all that guard\.limit allows\n"),
-    ],
-)
-def test_bad_batches_without_end_end_the_run(policy, sentence, tmp_path):
+def test_bad_batches_without_end_end_the_run(tmp_path):
     bad = ",".join(map(str, range(6, 30)))
     run = tmp_path / "run"
-    code, _, err = finish(poisoned(command(run, "--guard.policy", policy, "--guard.limit", "2"), bad))
+    code, _, err = finish(poisoned(command(run, *ROLLBACK, "--guard.limit", "2"), bad))
     assert code == 5
-    assert re.fullmatch(r"podwright: grad_norm nan, loss nan " + sentence, err)
+    assert err == (
+        "podwright: grad_norm nan, loss nan at step 6, after 2 rollbacks, all that guard.limit allows: "
+        f"{run / 'rollbacks.jsonl'} lists them\n"
+    )
     assert saved_arrays(run, 5)["step"] == 5
 
 
+def test_skips_in_a_row_without_end_end_the_run(tmp_path):
+    said = []
+    reporter = types.SimpleNamespace(folder=tmp_path, say=said.append)
+    guard = Guard(GuardConfig(policy="skip", limit=2), [], reporter)
+    for step, loss in enumerate([math.nan, math.nan, 1.0, math.nan, math.nan], start=1):
+        assert guard.accepts(step, {"loss": loss, "bad": float(math.isnan(loss))})
+    assert said == [f"step {step}: loss nan; its update is skipped" for step in (1, 2, 4, 5)]
+    with pytest.raises(
+        NumericsError, match=r"loss nan at step 6, after 2 skipped updates in a row, all that guard\.limit"
+    ):
+        guard.accepts(6, {"loss": math.nan, "bad": 1.0})
+
+
 @pytest.mark.multiprocess
-def test_a_spike_is_rolled_back_too(tmp_path):
+def test_a_spike_takes_along_the_batches_before_it_and_what_learned_from_them(tmp_path):
+    """Batches 14 to 17 are left out: checkpoint 15 has learned from two of them, 10 from none."""
     run, reference = tmp_path / "run", tmp_path / "reference"
-    spikes = ("--guard.threshold", "30", "--guard.window", "8")
-    code, out, err = finish(poisoned(command(run, *ROLLBACK, *spikes), "18", "targets"))
+    spikes = (*ROLLBACK, "--guard.threshold", "30", "--guard.window", "8")
+    code, out, err = finish(poisoned(command(run, *spikes, "--guard.batches", "4"), "17", "targets"))
     assert code == 0, err
-    assert re.search(r"step 18: (loss|grad_norm) \S+, \S+ robust deviations above its median.*; rolled back to step 15", out)
-    assert finish(command(reference, *ROLLBACK, *spikes, "--guard.skip_batches", "18"))[0] == 0
+    told = r"step 17: (loss|grad_norm) \S+, \S+ robust deviations above its median.*; rolled back to step 10, batches 14 to 17"
+    assert re.search(told, out)
+    assert out.count("rolled back") == 1
+    assert finish(command(reference, *spikes, "--guard.skip_batches", "14-17"))[0] == 0
     assert_same(run, reference)
-    scores = [[log[step]["loss_z"] for step in log] for log in (read_metrics(run, "train"), read_metrics(reference, "train"))]
+    for key, value in saved_arrays(run, 15).items():  # made again
+        assert value.tobytes() == saved_arrays(reference, 15)[key].tobytes(), key
+    logs = read_metrics(run, "train"), read_metrics(reference, "train")
+    scores = [[log[step]["loss_z"] for step in log] for log in logs]
     assert scores[0] == scores[1]  # what a step is compared with has come back, too
     assert scores[0][:8] == [0.0] * 8
     assert all(scores[0][8:])
@@ -214,7 +219,9 @@ def test_a_score_is_the_distance_from_the_median_in_robust_deviations():
     assert deviation == pytest.approx([0.1, 0.05], rel=0.2)  # for a normal distribution it is the standard deviation
 
     def judged(loss, norm, recent=recent, threshold=5.0):
-        bad, after, told = jax.jit(judge)({"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm)}, recent, threshold)
+        bad, after, told = jax.jit(judge)(
+            {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm)}, recent, threshold
+        )
         return bool(bad), np.asarray(after), told
 
     bad, after, told = judged(*values)

@@ -24,6 +24,7 @@ from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
 from trainer.bad_records import BadRecords
+from trainer.certificate import AHEAD, Certificate, next_logged
 from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
@@ -32,6 +33,7 @@ from trainer.metrics import Reporter
 from trainer.offload import check_host_memory, notes
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
+from trainer.replay import batch_of
 from trainer.run_folder import RunFolder
 from trainer.step import State
 from trainer.tasks import Task, check_fits, make_task
@@ -121,9 +123,15 @@ def train(
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
-        step_program = compiled(program.trace(teacher).lower())
+        lowered = program.trace(teacher).lower()
+        step_program = compiled(lowered)
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
         hosts.meet()
+        certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say)
+        if start:
+            now = certificate.noted(saved_part(state), place(batch_of(data, start)))
+            logged_next = next_logged(folder.path, start) if hosts.first() else None
+            certificate.resumed(meta.get("certificate", {}), now, start, logged_next)
 
         @functools.cache
         def eval_program():
@@ -141,10 +149,10 @@ def train(
             reporter.say(f"step {step}: held-out {told}")
             return metrics
 
-        def save(state: State, step: int) -> None:
-            blocked = checkpoints.save(
-                step, saved_part(state), {"step": step, "data_hash": data.manifest["hash"], **taught}
-            )
+        def save(state: State, step: int, batch: dict[str, np.ndarray]) -> None:
+            meta = {"step": step, "data_hash": data.manifest["hash"], **taught}
+            meta["certificate"] = certificate.noted(saved_part(state), place(batch))
+            blocked = checkpoints.save(step, saved_part(state), meta)
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
 
@@ -152,6 +160,7 @@ def train(
             """Log a step; whether the run goes on from it, and does not roll back."""
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             reporter.train(step, values, waited)
+            certificate.ran(step, values)
             return guard.accepts(step, values)
 
         feed = contextlib.ExitStack()
@@ -205,13 +214,18 @@ def train(
                     if evaluating:
                         evaluation = evaluate_now(state, step)
                     if saving:
-                        save(state, step)
+                        save(state, step, batch)
                     reporter.start_clock()
                 checkpoints.check()
                 if stopping:
                     break
         checkpoints.finish()
         if stop:
+            if step < config.trainer.steps:  # so that who resumes has a step to compare with
+                _, metrics = step_program(state, place(batch_of(data, step + 1)), teacher)
+                reporter.record(
+                    AHEAD, step + 1, {name: float(value) for name, value in jax.device_get(metrics).items()}
+                )
             raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
         reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
         return evaluation
