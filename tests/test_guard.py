@@ -14,14 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import finish, saved_arrays, start, train_command
+from runs import SMALL, finish, saved_arrays, start, train_command
 
 from configs.guard import GuardConfig, windows_of
+from configs.overrides import resolve
 from configs.schema import ConfigError
 from data.left_out import batch_number, merged
 from sharding import hosts
+from sharding.mesh import make_mesh
 from trainer.guard import Guard, NumericsError, judge, read_rollbacks
+from trainer.program import make_program
 from trainer.run_folder import read_metrics
+from trainer.tasks import make_task
 
 # `podwright` with some batches of the data spoilt, by their numbers from 1: weights that are no numbers, or other targets.
 POISONED = """
@@ -171,7 +175,7 @@ def test_skips_in_a_row_without_end_end_the_run(tmp_path):
 def test_a_spike_takes_along_the_batches_before_it_and_what_learned_from_them(tmp_path):
     """Batches 14 to 17 are left out: checkpoint 15 has learned from two of them, 10 from none."""
     run, reference = tmp_path / "run", tmp_path / "reference"
-    spikes = (*ROLLBACK, "--guard.threshold", "30", "--guard.window", "8")
+    spikes = (*ROLLBACK, "--guard.threshold", "2", "--guard.window", "8")
     code, out, err = finish(poisoned(command(run, *spikes, "--guard.batches", "4"), "17", "targets"))
     assert code == 0, err
     told = r"step 17: (loss|grad_norm) \S+, \S+ robust deviations above its median.*; rolled back to step 10, batches 14 to 17"
@@ -208,6 +212,21 @@ def test_hosts_roll_back_together(tmp_path):
     assert "rolled back to step 10" in together(tmp_path / "run", "13")
     together(tmp_path / "reference", "99", "--guard.skip_batches", "13")
     assert_same(tmp_path / "run", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("name", ["griffin-tiny", "nfnet-tiny"])
+def test_a_guarded_step_fits_any_mesh(name):
+    words = "--mesh.data 2 --mesh.fsdp 4 --data.batch_size 8 --guard.policy skip --guard.threshold 9 --guard.window 16"
+    config = resolve(name, [*SMALL[name].split(), *words.split()]).config
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program = make_program(config, make_task(config), mesh)
+        before, (after, metrics) = program.state, program.trace().out_info
+    assert before.recent.shape == (16, 2)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    assert {"loss", "grad_norm", "bad", "loss_z", "grad_norm_z"} <= set(metrics)
 
 
 def test_a_score_is_the_distance_from_the_median_in_robust_deviations():

@@ -52,8 +52,8 @@ class Certificate:
             hosts.meet()
         sums, rows, bits = jax.device_get(self._program(arrays, batch))
         return {
-            "parameters": dict(zip(arrays, map(int, sums), strict=True)),
-            "data": dict(zip(batch, map(int, rows), strict=True)),
+            "parameters": dict(zip(sorted(arrays), map(int, sums), strict=True)),
+            "data": dict(zip(sorted(batch), map(int, rows), strict=True)),
             "RNG": list(map(int, bits)),
             "compiler": self.facts,
         }
@@ -138,9 +138,10 @@ def facts(mesh: Mesh, lowered: jax.stages.Lowered) -> dict[str, Any]:
 
 
 def fingerprints(seed: int, arrays: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """uint32: checksums of the arrays of a state and of the fields of a batch, and bits of the key of its last step (4)."""
+    """uint32: checksums of the arrays of a state and of the fields of a batch, sorted by name, and bits of the key of its last
+    step (4)."""
     key = jax.random.fold_in(jax.random.key(seed + 1), arrays["step"] - 1)
-    sums, rows = (jnp.stack([checksum(array) for array in tree.values()]) for tree in (arrays, batch))
+    sums, rows = (jnp.stack([checksum(tree[name]) for name in sorted(tree)]) for tree in (arrays, batch))
     return sums, rows, jax.random.bits(key, (4,), jnp.uint32)
 
 
