@@ -101,12 +101,12 @@ def test_what_differs_is_named(stopped, tmp_path, altered, words, told):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_another_compiler_is_named(stopped, tmp_path):
-    (line,) = resumed(stopped, tmp_path, env={"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128"})
-    step = stopped[1] + 1
+def test_another_program_is_named(stopped, tmp_path):
+    """Microbatches add up in another order, and a run may change their number."""
+    (line,) = resumed(stopped, tmp_path, "--trainer.microbatches", "4")
     assert re.fullmatch(
-        rf"resume not verified: step {step} gives (loss|grad_norm) \S+, the log has \S+; data, RNG and parameters are "
-        r"bit-identical; compiler differs: flags  → --xla_cpu_prefer_vector_width=128",
+        rf"resume not verified: step {stopped[1] + 1} gives (loss|grad_norm) \S+, the log has \S+; data, RNG and parameters "
+        r"are bit-identical; compiler differs: program \w+ → \w+",
         line,
     ), line
 
