@@ -63,6 +63,11 @@ class Certificate:
         if not then:
             self.say(f"resume not verified: checkpoint {step} is from before checkpoints noted what they hold")
             return
+        moved = (
+            then["parameters"].keys() ^ now["parameters"].keys()
+        )  # moments that went to the host's memory, or left it
+        now["parameters"] = {name: found for name, found in now["parameters"].items() if name not in moved}
+        then["parameters"] = {name: found for name, found in then["parameters"].items() if name not in moved}
         differs = [name for name in ("data", "RNG", "parameters") if then[name] != now[name]]
         if differs:
             told = "; ".join(f"{name} differs{self._where(name, then[name], now[name], step)}" for name in differs)
