@@ -186,7 +186,7 @@ def train(
                     batches = feed.enter_context(contextlib.closing(data.train_batches(saved or 0)))
                     step, pending, go_back = saved or 0, None, False
                     reporter.start_clock()
-                step, turn = step + 1, turn + 1
+                step += 1
                 profiler.before(step, step_program)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     asked = time.perf_counter()
@@ -201,7 +201,8 @@ def train(
                 pending = (step, metrics, waited)
 
                 last = step == config.trainer.steps
-                if hosts.asked_to_stop(turn):  # steps may come again, turns don't
+                turn += 1  # which never comes again, as a step may
+                if hosts.asked_to_stop(turn):
                     stop.append("SIGTERM")
                 stopping = bool(stop)
                 evaluating = last or (config.eval.every and step % config.eval.every == 0)
