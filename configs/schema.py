@@ -19,6 +19,7 @@ from configs.data_sections import (
     TextData,
     TokenizedData,
 )
+from configs.guard import UNGUARDED, GuardConfig
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 from configs.shared_images import check_shared_images, whole_images
@@ -342,6 +343,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig = TrainerConfig()
+    guard: GuardConfig = UNGUARDED
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:

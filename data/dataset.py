@@ -16,6 +16,7 @@ import numpy as np
 
 from data.bad_records import FIELD
 from data.errors import DataError
+from data.left_out import batch_number
 from data.order import example_at
 
 Batch = dict[str, np.ndarray]
@@ -79,6 +80,7 @@ class Dataset:
     sources: tuple[str, ...] = ()  # names of those that `train` mixes
     max_bad: float = 0.0  # share of the records read that may be unusable
     rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
+    left_out: tuple[range, ...] = ()  # numbers of batches that no step uses, from 0, as left_out.merged gives them
 
     @property
     def examples_per_epoch(self) -> int:
@@ -135,7 +137,7 @@ class Dataset:
         """How often each source has been gone through after so many steps; empty where there is only one and no name."""
         if not self.sources:
             return {}
-        passed = self.train.epochs(steps * self.batch_size)  # type: ignore[attr-defined]
+        passed = self.train.epochs(batch_number(steps, self.left_out) * self.batch_size)  # type: ignore[attr-defined]
         return dict(zip(self.sources, map(float, passed), strict=True))
 
     def ahead(self, batch_bytes: int) -> str:
@@ -151,13 +153,13 @@ class Dataset:
 
     def _examples(self, step: int) -> np.ndarray:
         """int64 [b]: what `train` is asked for at a step."""
-        positions = self._positions(step)
+        positions = self._positions(batch_number(step, self.left_out))
         return example_at(positions, len(self.train), self.seed) if self.shuffled else positions
 
-    def _positions(self, step: int) -> np.ndarray:
-        """int64 [b]: this host's share of the positions of batch `step`."""
+    def _positions(self, number: int) -> np.ndarray:
+        """int64 [b]: this host's share of the positions of a batch."""
         rows = np.arange(self.batch_size) if self.rows is None else self.rows
-        return step * self.batch_size + rows.astype(np.int64)
+        return number * self.batch_size + rows.astype(np.int64)
 
 
 def size(count: int) -> str:

@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,6 +88,16 @@ def gather(number: int) -> np.ndarray:
     if jax.process_count() == 1:
         return np.array([number])
     return np.asarray(multihost_utils.process_allgather(np.array(number)))
+
+
+def from_first(told: Any) -> Any:
+    """What the first host gives, on every host; anything that JSON knows."""
+    if jax.process_count() == 1:
+        return told
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    length = multihost_utils.broadcast_one_to_all(np.array(len(text)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, int(length)))
+    return json.loads(np.asarray(text).astype(np.uint8).tobytes())
 
 
 def asked_to_stop(step: int) -> bool:

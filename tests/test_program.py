@@ -52,7 +52,7 @@ def test_train_compiles_the_program_that_plan_compiles(name, mesh, tmp_path, mon
         with jax.set_mesh(mesh):
             planned = sha(make_program(config, make_task(config), mesh).trace().lower())
             fallen = fallbacks(make_program(config, make_task(config), mesh).state, mesh)
-    step, _ = compiled  # and the evaluation
+    step, *_ = compiled  # and the evaluation, and what a checkpoint notes of itself
     assert step == planned
     assert len(fallen) == (name == "griffin-tiny")
     assert all(f"note        {sentence}\n" in capsys.readouterr().out for sentence in fallen)

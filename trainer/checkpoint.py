@@ -115,6 +115,10 @@ class Checkpoints:
             hosts.meet()
             self.manager.reload()
 
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state of a step. Raises StorageError."""
+        return self.saved.restore(step, abstract_state)[0]
+
     def check(self) -> None:
         """Raise StorageError if a save in the background has failed."""
         with self._explained("saved in the background"):

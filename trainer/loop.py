@@ -24,13 +24,16 @@ from sharding.mesh import describe, make_mesh, simulate_devices
 from sharding.rules import rules_for
 from sharding.topologies import peak_flops
 from trainer.bad_records import BadRecords
+from trainer.certificate import AHEAD, Certificate, next_logged
 from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
+from trainer.guard import Guard, read_rollbacks, recent_values, saved_part, with_recent, without_left_out
 from trainer.metrics import Reporter
 from trainer.offload import check_host_memory, notes
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
+from trainer.replay import batch_of
 from trainer.run_folder import RunFolder
 from trainer.step import State
 from trainer.tasks import Task, check_fits, make_task
@@ -61,6 +64,9 @@ def train(
         data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
         check_fits(config, data.manifest)
         folder.check_data(data.manifest, allowed="data" in allow)
+        rollbacks = read_rollbacks(folder.path) if hosts.first() else []
+    rollbacks = hosts.from_first(rollbacks)
+    data = without_left_out(data, config.guard, rollbacks)
 
     task = make_task(config)
     if config.distill.teacher:
@@ -76,6 +82,7 @@ def train(
         config.trainer.log_every,
         silent=not hosts.first(),
     )
+    guard = Guard(config.guard, rollbacks, reporter)
     with (
         jax.set_mesh(mesh),
         stop_signals() as stop,
@@ -89,16 +96,24 @@ def train(
         latest = checkpoints.saved.newest()
         reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
 
-        meta: dict = {}
-        resumed = checkpoints.restore_newest(abstract, reporter.say)
-        if resumed is None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        def first_state() -> State:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, saved_part(abstract))
             base = open_base(config, mesh) if config.finetune.base else None
             init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
-            state, start = init(base), 0
-        else:
-            state, meta = resumed
-            start = meta["step"]
+            return init(base)
+
+        def with_history(state: State, step: int) -> State:
+            """With what the guard compares the next steps with."""
+            if abstract.recent is None:
+                return state
+            values = recent_values(folder.path, step, config.guard.window) if hosts.first() else []
+            return with_recent(state, abstract, hosts.from_first(values))
+
+        resumed = checkpoints.restore_newest(saved_part(abstract), reporter.say)
+        state, meta = resumed or (first_state(), {})
+        start = meta.get("step", 0)
+        state = with_history(state, start)
+        if resumed:
             reporter.say(f"resumed from step {start}")
         if start >= config.trainer.steps:
             reporter.say(f"nothing to do: {folder.address} already holds step {start} of {config.trainer.steps}")
@@ -107,9 +122,15 @@ def train(
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         began = time.perf_counter()
-        step_program = compiled(program.trace(teacher).lower())
+        lowered = program.trace(teacher).lower()
+        step_program = compiled(lowered)
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
         hosts.meet()
+        certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say)
+        if start:
+            now = certificate.noted(state.step, place(batch_of(data, start)))
+            logged_next = next_logged(folder.path, start) if hosts.first() else None
+            certificate.resumed(meta.get("certificate", {}), now, start, logged_next)
 
         @functools.cache
         def eval_program():
@@ -127,26 +148,47 @@ def train(
             reporter.say(f"step {step}: held-out {told}")
             return metrics
 
-        def save(state: State, step: int) -> None:
-            blocked = checkpoints.save(
-                step, state, {"config": folder.config_hash, "data_hash": data.manifest["hash"], **taught}
-            )
+        def save(state: State, step: int, batch: dict[str, np.ndarray]) -> None:
+            meta = {"config": folder.config_hash, "data_hash": data.manifest["hash"], **taught}
+            meta["certificate"] = certificate.noted(state.step, place(batch))
+            blocked = checkpoints.save(step, saved_part(state), meta)
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
             folder.push()
 
-        batches = data.train_batches(start)
+        def logged(step: int, metrics: dict, waited: float) -> bool:
+            """Log a step; whether the run goes on from it, and does not roll back."""
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            reporter.train(step, values, waited)
+            certificate.ran(step, values)
+            return guard.accepts(step, values)
+
+        feed = contextlib.ExitStack()
+        batches = feed.enter_context(contextlib.closing(data.train_batches(start)))
         bad_records = BadRecords(folder.path if hosts.first() else None, data.max_bad, reporter.say)
         evaluation: dict[str, float] = {}
         pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
         reporter.start_clock()
         with (
-            contextlib.closing(batches),
+            feed,
             jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
             StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
         ):
             profiler.resumed(start)
-            for step in range(start + 1, config.trainer.steps + 1):
+            step, turn, go_back = start, 0, False
+            while step < config.trainer.steps or go_back:
+                if go_back:  # the newest state is a bad one: free it first
+                    del state
+                    with jax.transfer_guard("allow"):
+                        saved, data = guard.roll_back(checkpoints, data)
+                        start = saved or 0
+                        state = first_state() if saved is None else checkpoints.restore(saved, saved_part(abstract))
+                        state = with_history(state, start)
+                    feed.close()
+                    batches = feed.enter_context(contextlib.closing(data.train_batches(start)))
+                    step, pending, go_back = start, None, False
+                    reporter.start_clock()
+                step += 1
                 profiler.before(step, step_program)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     asked = time.perf_counter()
@@ -155,23 +197,27 @@ def train(
                     waited = time.perf_counter() - asked
                     state, metrics = step_program(state, place(batch), teacher)
                 profiler.after(step, metrics)
-                if pending:
-                    reporter.train(*read(pending))
+                if pending and not logged(*pending):
+                    go_back = True
+                    continue
                 pending = (step, metrics, waited)
 
                 last = step == config.trainer.steps
-                if hosts.asked_to_stop(step):
+                turn += 1  # which never comes again, as a step may
+                if hosts.asked_to_stop(turn):
                     stop.append("SIGTERM")
                 stopping = bool(stop)
                 evaluating = last or (config.eval.every and step % config.eval.every == 0)
                 saving = last or stopping or step % config.checkpoint.every == 0
                 if evaluating or saving:
-                    reporter.train(*read(pending))  # so that a saved step is always a logged and a finite one
+                    if not logged(*pending):  # so that a saved step is always a logged and a good one
+                        go_back = True
+                        continue
                     pending = None
                     if evaluating:
                         evaluation = evaluate_now(state, step)
                     if saving:
-                        save(state, step)
+                        save(state, step, batch)
                     reporter.start_clock()
                 checkpoints.check()
                 if stopping:
@@ -179,6 +225,11 @@ def train(
         checkpoints.finish()
         folder.push(wait=True)
         if stop:
+            if step < config.trainer.steps:  # so that who resumes has a step to compare with
+                _, metrics = step_program(state, place(batch_of(data, step + 1)), teacher)
+                reporter.record(
+                    AHEAD, step + 1, {name: float(value) for name, value in jax.device_get(metrics).items()}
+                )
             raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
         reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
         return evaluation
@@ -232,11 +283,6 @@ def amount(config: Config) -> str:
 def origin(config: Config) -> str:
     base = config.finetune.base
     return f"new, the parameters of {base}" if base else f"new, from seed {config.trainer.seed}"
-
-
-def read(pending: tuple) -> tuple[int, dict[str, float], float]:
-    step, metrics, waited = pending
-    return step, {name: float(value) for name, value in jax.device_get(metrics).items()}, waited
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

@@ -20,10 +20,6 @@ from trainer.storage import StorageError, reason
 FLUSH_SECONDS = 10.0  # that a point may be missing from TensorBoard
 
 
-class NumericsError(ArithmeticError):
-    """The loss or the gradient stopped being a number."""
-
-
 class Reporter:
     """Writes to the terminal, log.txt, metrics.jsonl and TensorBoard. Appends; nothing logged is ever rewritten.
 
@@ -130,7 +126,7 @@ class Reporter:
         self._window_start, self._window_steps, self._window_wait = time.perf_counter(), 0, 0.0
 
     def train(self, step: int, values: dict[str, float], data_wait: float) -> None:
-        """Record update `step`; `data_wait` is seconds spent waiting for its batch. Raises NumericsError if not finite."""
+        """Record update `step`; `data_wait` is seconds spent waiting for its batch."""
         assert self._window_start is not None
         now = time.perf_counter()
         self._window_steps += 1
@@ -148,9 +144,6 @@ class Reporter:
             speed["mfu_percent"] = 100 * self.flops_per_step / step_seconds / (self.peak * jax.device_count())
         self.record("train", step, values | speed)
         self.progress.update(self.bar, completed=step)
-        if not all(math.isfinite(v) for v in values.values()):
-            bad = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
-            raise NumericsError(f"{bad} at step {step}")
         if step % self.log_every == 0 or step == self.steps:
             self.say(self._line(step, values, speed, step_seconds))
             self.start_clock()

@@ -50,7 +50,7 @@ class StepProfiler:
 
     def before(self, step: int, program: Any) -> None:
         """`program` is the compiled step."""
-        if self.steps and step == self.steps[0]:
+        if self.steps and step == self.steps[0] and not self.session.exists():  # a rollback may lead here again
             with self._explained():
                 self.session.mkdir(parents=True)
                 (self.session / PROGRAM).write_text(program.as_text())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
@@ -16,6 +17,7 @@ from configs.schema import Config
 from data.shapes import batch_fields
 from sharding.flags import compiler_options
 from sharding.rules import rules_for
+from trainer.guard import JUDGED
 from trainer.offload import moments_on_host
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.step import State, init_state, train_step
@@ -46,6 +48,9 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
     state = concrete(jax.eval_shape(init), mesh)
     if config.optimizer.offload:
         state = dataclasses.replace(state, opt_state=moments_on_host(state.opt_state))
+    if config.guard.threshold:
+        values = jax.ShapeDtypeStruct((config.guard.window, len(JUDGED)), jnp.float32)
+        state = dataclasses.replace(state, recent=concrete(values, mesh))
     trainer = config.trainer
     step = functools.partial(
         train_step,
@@ -55,6 +60,7 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         seed=trainer.seed,
         microbatches=trainer.microbatches,
         offload=config.optimizer.offload,
+        guard=config.guard,
     )
     rows = NamedSharding(mesh, spec("batch"))
     batch, held_out = (

@@ -19,6 +19,7 @@ from sharding.mesh import make_mesh, simulate_devices
 from sharding.rules import rules_for
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import open_base, place_batch, read_config
+from trainer.guard import read_rollbacks, recent_values, saved_part, with_recent, without_left_out
 from trainer.program import Program, make_program
 from trainer.run_folder import changed_entries, read_manifest, read_metrics
 from trainer.saved import SavedSteps
@@ -48,6 +49,7 @@ def replay(run: str, step: int, quick: bool, say: Callable[[str], None]) -> Repl
     simulate_devices(config.mesh)
     data = open_data(config.data)
     check_same_data(run, data)
+    data = without_left_out(data, config.guard, read_rollbacks(run))
     mesh, task = make_mesh(config.mesh), make_task(config)
     if config.distill.teacher:
         task = distilled(task, config, data.manifest)
@@ -102,12 +104,13 @@ def state_before(run: str, config: Config, program: Program, step: int, mesh: An
     """The newest saved state before `step`, or the first one, which was never saved; its step, and what was noted of it."""
     saved = SavedSteps(folder_of(run) / "checkpoints")
     if before := [found for found in saved.steps() if found < step]:
-        state, manifest = saved.restore(before[-1], program.state)
-        return state, before[-1], manifest
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+        state, manifest = saved.restore(before[-1], saved_part(program.state))
+        values = recent_values(run, before[-1], config.guard.window)
+        return with_recent(state, program.state, values), before[-1], manifest
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, saved_part(program.state))
     base = open_base(config, mesh) if config.finetune.base else None
     init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
-    return init(base), 0, {}
+    return with_recent(init(base), program.state, []), 0, {}
 
 
 def losses(config: Config, model: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -171,12 +171,15 @@ def read_manifest(run: str | pathlib.Path) -> dict:
 
 
 def read_metrics(run: str | pathlib.Path, kind: str) -> dict[int, dict]:
-    """Records of one kind ("train", "eval", "save") by step. A step repeated after a resume counts as last written."""
-    records = {}
+    """Records of one kind ("train", "eval", "save") by step. A step repeated after a resume counts as last written; what a
+    rollback undid doesn't count."""
+    records: dict[int, dict] = {}
     with (folder_of(run) / "metrics.jsonl").open() as lines:
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a last line
                 record = json.loads(line)
+                if record.get("kind") == "rollback":
+                    records = {step: kept for step, kept in records.items() if step <= record["step"]}
                 if record.get("kind") == kind:
                     records[record["step"]] = record
     return records

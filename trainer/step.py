@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from configs.guard import UNGUARDED, GuardConfig
 from models.params import Spec
+from trainer.guard import judge, on_device
 from trainer.offload import moments_away, moments_here
 from trainer.tasks import Batch, Task
 
@@ -23,6 +25,7 @@ class State:
     step: jax.Array  # optimizer updates done
     model: Any
     opt_state: Any
+    recent: jax.Array | None = None  # see guard.judge; None if nothing is compared with it
 
 
 def init_state(
@@ -46,30 +49,52 @@ def train_step(
     seed: int,
     microbatches: int = 1,
     offload: bool = False,
+    guard: GuardConfig = UNGUARDED,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars).
 
     A teacher, if there is one, goes to the loss of a distilled task. With `offload` the moments come from the host's
-    memory and go back there.
+    memory and go back there. Where `guard` judges on the device its verdict is among the metrics, and with its policy `skip`
+    a bad step leaves parameters and moments as they were.
     """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
     gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
     norm = optax.tree.norm(gradient)
+    metrics |= {"grad_norm": norm}
+    bad, recent = ~jnp.isfinite(norm), None
+    if on_device(guard):
+        bad, recent, verdict = judge(metrics, state.recent, guard.threshold)
+        metrics |= verdict
 
     @jax.named_scope("optimizer")
     def update(model, opt_state):
         updates, opt_state = optimizer.update(gradient, moments_here(opt_state) if offload else opt_state, model)
         return optax.apply_updates(model, updates), moments_away(opt_state) if offload else opt_state
 
+    def keep(model, opt_state):
+        return model, counted_on(opt_state)
+
     if offload:
         # XLA would fetch the moments at the start of the step, and it drops barriers before it decides. Into a branch whose
-        # condition is the gradient's it cannot look ahead. The other branch is for a gradient after which the run ends.
-        model, opt_state = jax.lax.cond(jnp.isfinite(norm), update, lambda *state: state, state.model, state.opt_state)
+        # condition is the gradient's it cannot look ahead. After the other branch the run ends, goes back or skips.
+        model, opt_state = jax.lax.cond(bad, keep, update, state.model, state.opt_state)
     else:
         model, opt_state = update(state.model, state.opt_state)
-    metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step)}
-    return State(state.step + 1, model, opt_state), metrics
+        if guard.policy == "skip":
+            kept = keep(state.model, state.opt_state)
+            model, opt_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), kept, (model, opt_state))
+    metrics |= {"learning_rate": schedule(state.step)}
+    return State(state.step + 1, model, opt_state, recent), metrics
+
+
+def counted_on(opt_state: Any) -> Any:
+    """The same but for the schedule's count: the learning rate of a step does not depend on updates skipped before it."""
+
+    def count(node: Any) -> Any:
+        return node._replace(count=node.count + 1) if isinstance(node, optax.ScaleByScheduleState) else node
+
+    return jax.tree.map(count, opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
 def mean_gradient(
