@@ -37,12 +37,13 @@ def train(argv: list[str]) -> int:
     from sharding import hosts
     from trainer.loop import Preempted
     from trainer.loop import train as run_training
+    from trainer.phases import process_began
     from trainer.profiling import parse_steps
 
     profile = parse_steps(resolved.options["profile"], resolved.config) if "profile" in resolved.options else None
     hosts.join()
     try:
-        run_training(resolved.config, run, allow, profile)
+        run_training(resolved.config, run, allow, profile, process_began())
     except Preempted as end:
         again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
         raise Preempted(f"{end}; continue with: {again}") from None
@@ -124,6 +125,13 @@ def data(argv: list[str]) -> int:
     return main(argv)
 
 
+def goodput(argv: list[str]) -> int:
+    """what every second of a run went to, over all its attempts, ranked, with its cost and a plot: goodput RUN"""
+    from launch.goodput import main
+
+    return main(argv)
+
+
 def replay(argv: list[str]) -> int:
     """a step of a run once more: its documents, their losses, gradient norms by layer: replay RUN --step N"""
     from launch.replay import main
@@ -166,6 +174,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_checkpoint,
     "export": export,
     "profile": profile,
+    "goodput": goodput,
     "replay": replay,
     "data": data,
     "study": study,

@@ -27,8 +27,10 @@ from trainer.bad_records import BadRecords
 from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
+from trainer.ledger import Ledger
 from trainer.metrics import Reporter
 from trainer.offload import check_host_memory, notes
+from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.run_folder import RunFolder
@@ -41,18 +43,37 @@ class Preempted(Exception):
 
 
 def train(
-    config: Config, run: str | pathlib.Path, allow: Iterable[str] = (), profile: range | None = None
+    config: Config,
+    run: str | pathlib.Path,
+    allow: Iterable[str] = (),
+    profile: range | None = None,
+    began: float | None = None,
 ) -> dict[str, float]:
-    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation.
+    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation. `began` is the Unix
+    time from which the start of this attempt counts, now if None.
 
     Raises ConfigError, DataError, StorageError, NumericsError, each with one sentence for the user, or Preempted
     after a signal, once the state is saved.
     """
-    allow = frozenset(allow)
+    phase = Phases(began)
+    with Ledger(phase) as ledger:
+        return train_in_phases(config, run, frozenset(allow), profile, phase, ledger)
+
+
+def train_in_phases(
+    config: Config,
+    run: str | pathlib.Path,
+    allow: frozenset[str],
+    profile: range | None,
+    phase: Phases,
+    ledger: Ledger,
+) -> dict[str, float]:
     simulate_devices(config.mesh)
     use_compilation_cache(config.trainer.compilation_cache)
     with hosts.together():
         folder = RunFolder(run, config, allow, owner=hosts.first())
+        if folder.owner:
+            ledger.open(folder.path)
     with hosts.together():
         mesh = make_mesh(config.mesh)
         spec = rules_for(mesh).spec
@@ -96,7 +117,8 @@ def train(
             init = jax.jit(lambda base: program.init(base=base), out_shardings=shardings, donate_argnums=0)
             state, start = init(base), 0
         else:
-            state, meta = checkpoints.restore(latest, abstract)
+            with phase(RESTORE):
+                state, meta = checkpoints.restore(latest, abstract)
             start = meta["step"]
             reporter.say(f"resumed from step {start}")
         if start >= config.trainer.steps:
@@ -105,16 +127,18 @@ def train(
         teacher, taught = open_teacher(config, mesh, meta)
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
-        began = time.perf_counter()
-        step_program = compiled(program.trace(teacher).lower())
-        reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
-        hosts.meet()
+        lowering = time.perf_counter()
+        with phase(COMPILE):
+            step_program = compiled(program.trace(teacher).lower())
+            reporter.say(f"compiled in {time.perf_counter() - lowering:.1f} s")
+            hosts.meet()
 
         @functools.cache
         def eval_program():
-            evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
-            ready = compiled(evaluating.trace(abstract.model, program.held_out).lower())
-            hosts.meet()
+            with phase(COMPILE):
+                evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
+                ready = compiled(evaluating.trace(abstract.model, program.held_out).lower())
+                hosts.meet()
             return ready
 
         def evaluate_now(state: State, step: int) -> dict[str, float]:
@@ -138,15 +162,17 @@ def train(
         reporter.start_clock()
         with (
             contextlib.closing(batches),
+            phase(STEP),
             jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
             StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
         ):
             profiler.resumed(start)
             for step in range(start + 1, config.trainer.steps + 1):
+                phase.at(step)
                 profiler.before(step, step_program)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     asked = time.perf_counter()
-                    with jax.profiler.TraceAnnotation("input"):
+                    with phase(DATA_WAIT), jax.profiler.TraceAnnotation("input"):
                         batch = bad_records.take(step, next(batches))
                     waited = time.perf_counter() - asked
                     state, metrics = step_program(state, place(batch), teacher)
@@ -165,14 +191,17 @@ def train(
                     reporter.train(*read(pending))  # so that a saved step is always a logged and a finite one
                     pending = None
                     if evaluating:
-                        evaluation = evaluate_now(state, step)
+                        with phase(EVAL):
+                            evaluation = evaluate_now(state, step)
                     if saving:
-                        save(state, step)
+                        with phase(SAVE):
+                            save(state, step)
                     reporter.start_clock()
                 checkpoints.check()
                 if stopping:
                     break
-        checkpoints.finish()
+        with phase(SAVE):
+            checkpoints.finish()
         if stop:
             raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
         reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
