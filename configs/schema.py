@@ -22,6 +22,7 @@ from configs.data_sections import (
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 from configs.shared_images import check_shared_images, whole_images
+from configs.watchdog import WatchdogConfig
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
 _MATH = ("recompile", "result")  # same arrays, another computation
@@ -343,6 +344,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         text, image = not isinstance(self.data, ImageData), isinstance(self.model, NFNetConfig)
@@ -404,4 +406,5 @@ __all__ = [  # what others import from here without its being made here
     "RecallData",
     "TextData",
     "TokenizedData",
+    "WatchdogConfig",
 ]

@@ -41,11 +41,11 @@ def train(argv: list[str]) -> int:
     from trainer.profiling import parse_steps
 
     profile = parse_steps(resolved.options["profile"], resolved.config) if "profile" in resolved.options else None
+    again = os.environ.setdefault("PODWRIGHT_COMMAND", shlex.join(["podwright", "train", *argv]))
     hosts.join()
     try:
         run_training(resolved.config, run, allow, profile, process_began())
     except Preempted as end:
-        again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
         raise Preempted(f"{end}; continue with: {again}") from None
     return 0
 

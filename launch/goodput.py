@@ -63,7 +63,7 @@ def table(run: pathlib.Path, spent: Goodput) -> list[str]:
     if price:
         lines += [
             "",
-            f"at ${price:g} a device-hour, the list price of {PRICES_OF}, as if the devices were kept while idle",
+            f"at ${price:.2f} a device-hour, the list price of {PRICES_OF}, as if the devices were kept while idle",
         ]
     return lines
 
@@ -82,13 +82,13 @@ def draw(rows: list[dict], figure: Any) -> None:
     """Left all causes with their seconds, most first; right what each stretch of time went to, 1 being all of it."""
     spent = goodput(rows)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    wall, hours = spent.end - spent.start, spent.end - spent.start > 7200
+    wall = spent.end - spent.start
     causes = list(spent.seconds)[::-1]
-    bars = left.barh(causes, [spent.seconds[c] for c in causes], color=[COLOURS[c] for c in causes])
+    unit, named = (3600, "hours") if wall > 7200 else (60, "minutes")
+    bars = left.barh(causes, [spent.seconds[c] / unit for c in causes], color=[COLOURS[c] for c in causes])
     left.bar_label(bars, [f"{100 * spent.seconds[c] / wall:.1f}%" for c in causes], padding=3)
-    left.set_xlim(0, 1.2 * max(spent.seconds.values()))
-    left.set_xlabel("seconds")
-    unit = 3600 if hours else 60
+    left.set_xlim(0, 1.25 * max(spent.seconds.values()) / unit)
+    left.set_xlabel(named)
     edges = [(spent.start + wall * i / BINS, spent.start + wall * (i + 1) / BINS) for i in range(BINS)]
     bottom = [0.0] * BINS
     for cause in (c for c in CAUSES if c in spent.seconds):
@@ -98,7 +98,7 @@ def draw(rows: list[dict], figure: Any) -> None:
             starts, shares, wall / BINS / unit, bottom, align="edge", color=COLOURS[cause], label=cause, linewidth=0
         )
         bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
-    right.set_xlabel(f"{'hours' if hours else 'minutes'} since the first start")
+    right.set_xlabel(f"{named} since the first start")
     right.set_ylabel("share of the time")
     right.set_ylim(0, 1)
     right.set_xlim(0, wall / unit)

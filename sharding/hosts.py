@@ -64,6 +64,19 @@ def meet() -> None:
         ocp.multihost.get_barrier_sync_fn()(key=f"podwright-{next(meetings)}", timeout_ms=1000 * PATIENCE)
 
 
+def publish(topic: str, text: str) -> None:
+    """Let all hosts read what this one says of a topic, in place of what it said before; through the coordinator, host 0,
+    without which this blocks or fails."""
+    client = ocp.multihost.get_jax_distributed_client()
+    client.key_value_set(f"podwright/{topic}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def published(topic: str) -> dict[int, str]:
+    """What each host has said of a topic, by its number."""
+    said = ocp.multihost.get_jax_distributed_client().key_value_dir_get(f"podwright/{topic}/")
+    return {int(key.rpartition("/")[2]): text for key, text in said}
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """A failure inside is every host's: those without one of their own raise AnotherHost instead of waiting for ever."""

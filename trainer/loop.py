@@ -36,6 +36,7 @@ from trainer.program import make_program
 from trainer.run_folder import RunFolder
 from trainer.step import State
 from trainer.tasks import Task, check_fits, make_task
+from trainer.watchdog import Watchdog
 
 
 class Preempted(Exception):
@@ -55,8 +56,10 @@ def train(
     Raises ConfigError, DataError, StorageError, NumericsError, each with one sentence for the user, or Preempted
     after a signal, once the state is saved.
     """
+    simulate_devices(config.mesh)
+    use_compilation_cache(config.trainer.compilation_cache)
     phase = Phases(began)
-    with Ledger(phase) as ledger:
+    with Watchdog(config.watchdog, phase, pathlib.Path(run).expanduser()), Ledger(phase) as ledger:
         return train_in_phases(config, run, frozenset(allow), profile, phase, ledger)
 
 
@@ -68,8 +71,6 @@ def train_in_phases(
     phase: Phases,
     ledger: Ledger,
 ) -> dict[str, float]:
-    simulate_devices(config.mesh)
-    use_compilation_cache(config.trainer.compilation_cache)
     with hosts.together():
         folder = RunFolder(run, config, allow, owner=hosts.first())
         if folder.owner:

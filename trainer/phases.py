@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 INIT, COMPILE, RESTORE, STEP, DATA_WAIT, SAVE, EVAL = (
@@ -38,6 +38,7 @@ class Phases:
         self.step = 0  # under way; 0 before the first
         self.reached = 0  # the last step that this run has trained, in this attempt or an earlier one
         self.again = False  # whether this step was trained before
+        self.step_seconds: deque[float] = deque(maxlen=100)  # of the last ones, waits and saves left out
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -52,6 +53,8 @@ class Phases:
         """Step `step` begins: the one before is trained."""
         with self._lock:
             self._count()
+            if self.step:
+                self.step_seconds.append(self._counted - self.since)
             self.reached = max(self.reached, step - 1)
             self.step, self.again, self.since = step, step <= self.reached, self._counted
 
