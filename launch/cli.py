@@ -20,6 +20,14 @@ EXIT_CODES = {
     "NumericsError": 5,
     "Preempted": 75,
     "AnotherHost": 76,
+    "NotJoined": 76,
+}
+
+
+CONTINUING = {  # what comes before the command that continues, where something has to be done first
+    "DataError": "once the data is put right, continue with",
+    "StorageError": "once that is put right, continue with",
+    "NumericsError": "the newest checkpoint is from before, try again with",
 }
 
 
@@ -35,18 +43,23 @@ def train(argv: list[str]) -> int:
     run = resolved.options.get("run") or os.path.join("runs", resolved.config.name)
     allow = allowed_fields(resolved.options.get("allow", ""), resolved.config)
     from sharding import hosts
-    from trainer.loop import Preempted
     from trainer.loop import train as run_training
     from trainer.phases import process_began
     from trainer.profiling import parse_steps
+    from trainer.watchdog import saved_steps
 
     profile = parse_steps(resolved.options["profile"], resolved.config) if "profile" in resolved.options else None
     again = os.environ.setdefault("PODWRIGHT_COMMAND", shlex.join(["podwright", "train", *argv]))
     hosts.join()
     try:
         run_training(resolved.config, run, allow, profile, process_began())
-    except Preempted as end:
-        raise Preempted(f"{end}; continue with: {again}") from None
+    except ConfigError:
+        raise
+    except Exception as end:
+        if saved_steps(run):
+            first = CONTINUING.get(type(end).__name__, "continue with")
+            end.add_note(f"{first}: {again}")
+        raise
     return 0
 
 
@@ -222,5 +235,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = next((EXIT_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in EXIT_CODES), None)
         if code is None:
             raise  # our bug: the only case with a traceback, exit code 1
-        print(f"podwright: {error}", file=sys.stderr)
+        print("podwright:", "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         return code

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from sharding.joining import gather, impatient
 from sharding.rules import rules_for
 
 PATIENCE = 3600  # seconds that hosts wait for one that prepares data or compiles; one that died ends all much sooner
@@ -28,14 +29,17 @@ class AnotherHost(Exception):
 def join() -> None:
     """Join the job's other processes, if there are any. Must run before jax starts its backend.
 
-    On TPU pods, Slurm and Kubernetes jax finds them itself; a machine that is no part of such a job stays alone.
+    On TPU pods, Slurm and Kubernetes jax finds them itself; a machine that is no part of such a job stays alone. After 30
+    seconds it is told who is missing. Raises NotJoined.
     """
     if INDEX in os.environ:
         count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
+        gather(os.environ[ADDRESS], count, index)
         jax.distributed.initialize(os.environ[ADDRESS], count, index)
         return
     try:
-        jax.distributed.initialize()
+        with impatient():
+            jax.distributed.initialize()
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
@@ -75,6 +79,14 @@ def published(topic: str) -> dict[int, str]:
     """What each host has said of a topic, by its number."""
     said = ocp.multihost.get_jax_distributed_client().key_value_dir_get(f"podwright/{topic}/")
     return {int(key.rpartition("/")[2]): text for key, text in said}
+
+
+def exchanged(text: str) -> dict[int, str]:
+    """What every host says here, by its number. Waits for all."""
+    topic = f"exchange-{next(meetings)}"
+    publish(topic, text)
+    meet()
+    return published(topic)
 
 
 @contextlib.contextmanager

@@ -77,9 +77,9 @@ def after(processes: list[subprocess.Popen], index: int) -> tuple[int, str, floa
 
 def test_a_source_that_never_answers_is_ended_with_its_stack(tmp_path):
     command = train_command("griffin-tiny", tmp_path / "run", *LONG, "--watchdog.data_wait", "2")
-    code, out, err = finish(scripted(STUCK_SOURCE, command, "0"), timeout=120)
+    code, _, err = finish(scripted(STUCK_SOURCE, command, "0"), timeout=120)
     assert code == 124, err
-    assert "podwright: watchdog: stuck in data wait of step 6 for 2 s, which may take 2 s" in err or "for 3 s" in err
+    assert "podwright: watchdog: stuck in data wait of step 6, which may take 2 s" in err
     assert "wait_for_a_source_that_never_answers" in err
     assert f"saved        step 4 in {tmp_path / 'run' / 'checkpoints'}" in err
     assert "exit code 124; continue with: podwright train griffin-tiny" in err.splitlines()[-1]
@@ -89,11 +89,19 @@ def test_tell_tells_once_and_ends_nothing(tmp_path):
     command = train_command(
         "griffin-tiny", tmp_path / "run", *LONG, "--watchdog.data_wait", "1", "--watchdog.policy", "tell"
     )
-    process = start(scripted(STUCK_SOURCE, command, "0"))
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(25)
-    process.kill()
-    _, err = process.communicate()
+    told = tmp_path / "told"
+    with open(told, "w") as file:
+        process = start(scripted(STUCK_SOURCE, command, "0"), stderr=file)
+    try:
+        while "stacks of host 0" not in told.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(4)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    err = told.read_text()
     assert err.count("podwright: watchdog: stuck in data wait of step 6") == 1
     assert "exit code" not in err
 
@@ -101,10 +109,10 @@ def test_tell_tells_once_and_ends_nothing(tmp_path):
 def test_a_long_compilation_is_no_hang(tmp_path):
     command = train_command("griffin-tiny", tmp_path / "run", "--trainer.steps", "3", "--watchdog.step", "0.5")
     command += ["--watchdog.data_wait", "5", "--watchdog.silence", "2"]
-    code, out, err = finish(scripted(SLOW_COMPILER, command), timeout=120)
+    code, _, err = finish(scripted(SLOW_COMPILER, command), timeout=120)
     assert code == 0, err
     assert "watchdog" not in err
-    code, out, err = finish(
+    code, _, err = finish(
         [
             *scripted(SLOW_COMPILER, command),
             "--watchdog.compile",
@@ -116,23 +124,19 @@ def test_a_long_compilation_is_no_hang(tmp_path):
         ]
     )
     assert code == 124  # unless it takes longer than its own limit
-    assert "podwright: watchdog: stuck in compile for" in err
+    assert "podwright: watchdog: stuck in compile, which may take 2 s" in err
 
 
 @pytest.mark.multiprocess
 def test_a_stopped_host_is_named_and_the_other_ends(tmp_path):
     run = tmp_path / "run"
     processes = start_pair(train_command("griffin-tiny", run, *LONG, *PAIR, "--watchdog.silence", "6"))
-    while not (run / "metrics.jsonl").exists():
-        time.sleep(0.05)
-        assert processes[0].poll() is None
-    pid = processes[1]
-    signal_at_host(processes[0], pid, run, 5, signal.SIGSTOP)
+    signal_at_host(processes[0], processes[1], run, 5, signal.SIGSTOP)
     code, err, seconds = after(processes, 0)
     assert code == 124, err
     assert "podwright: watchdog: host 1 gave no sign of life for 6 s: stopped, dead or cut off" in err
-    assert f"not arrived  host 1: step" in err or "not arrived  host 1: data wait" in err
-    assert f"(process {pid.pid} on " in err
+    assert "not arrived  host 1: step" in err or "not arrived  host 1: data wait" in err
+    assert f"(process {processes[1].pid} on " in err
     assert "stacks of host 0:\nthread MainThread:" in err
     assert seconds < 30
 
@@ -143,8 +147,8 @@ def test_a_killed_host_is_named_before_jax_aborts(tmp_path):
     processes = start_pair(train_command("griffin-tiny", run, *LONG, *PAIR, "--watchdog.silence", "6"))
     signal_at_host(processes[0], processes[1], run, 5, signal.SIGKILL)
     code, err, seconds = after(processes, 0)
-    assert code == 76, err
-    assert "podwright: watchdog: host 1 is dead, and with it what this one computed" in err
+    assert code == 124, err
+    assert "podwright: watchdog: host 1 gave no sign of life for 6 s: stopped, dead or cut off" in err
     assert "Traceback" not in err
     assert seconds < 30
 
@@ -156,7 +160,7 @@ def test_the_stack_of_the_host_that_hangs_is_shown_by_the_one_that_waits(tmp_pat
     processes = start_pair(scripted(STUCK_SOURCE, command, "1"))
     code, err, _ = after(processes, 0)
     assert code == 124, err
-    assert "podwright: watchdog: host 1 is stuck in data wait of step 6" in err
+    assert "podwright: watchdog: host 1: stuck in data wait of step 6, which may take 4 s" in err
     assert "not arrived  host 1: data wait of step 6 for" in err
     assert "wait_for_a_source_that_never_answers" in err.split("stacks of host 1:")[1]
 

@@ -31,6 +31,7 @@ from trainer.ledger import Ledger
 from trainer.metrics import Reporter
 from trainer.offload import check_host_memory, notes
 from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
+from trainer.preflight import check_data, check_hosts, check_program
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.run_folder import RunFolder
@@ -71,6 +72,7 @@ def train_in_phases(
     phase: Phases,
     ledger: Ledger,
 ) -> dict[str, float]:
+    check_hosts(config, run)
     with hosts.together():
         folder = RunFolder(run, config, allow, owner=hosts.first())
         if folder.owner:
@@ -83,6 +85,7 @@ def train_in_phases(
         data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
         check_fits(config, data.manifest)
         folder.check_data(data.manifest, allowed="data" in allow)
+    check_data(data.manifest)
 
     task = make_task(config)
     if config.distill.teacher:
@@ -130,7 +133,9 @@ def train_in_phases(
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         lowering = time.perf_counter()
         with phase(COMPILE):
-            step_program = compiled(program.trace(teacher).lower())
+            lowered = program.trace(teacher).lower()
+            check_program(lowered)
+            step_program = compiled(lowered)
             reporter.say(f"compiled in {time.perf_counter() - lowering:.1f} s")
             hosts.meet()
 

@@ -30,6 +30,7 @@ FIRST, FIRST_LONGER = 10, 10.0  # as many first steps may take as many times lon
 GRACE = 5.0  # seconds for a host that another one has failed to end by itself
 FOR_STACKS = 5.0  # seconds to wait for the stacks of others
 LISTED = 16
+OURS = ("watchdog", "ledger")  # how our threads' names begin
 ENDED, FAILED = "ended", "failed"  # in place of a phase
 
 ADVICE = {
@@ -63,7 +64,7 @@ class Watchdog:
         self._said: dict[str, str] = {}  # of each topic, to be published
         self._stuck = 0.0  # seconds in this phase, less those for which this process was stopped
         self._unheard = 0.0  # seconds since the coordinator answered
-        self._answered: set[int] = set()
+        self._told: set[str] = set()
         self._last_beat = {"phase": ENDED}
         self._ending = threading.Event()
         self._broken = False  # whether a collective has failed, so that the end is certain and its cause is looked for
@@ -89,7 +90,7 @@ class Watchdog:
         self._watcher.join(2 * TICK)
 
     def _watch(self) -> None:
-        last, since, told = time.monotonic(), self.phase.since, None
+        last, since = time.monotonic(), self.phase.since
         while not self._ending.wait(TICK):
             now = time.monotonic()
             passed, last = min(now - last, COUNTED), now
@@ -98,29 +99,27 @@ class Watchdog:
             self._unheard += passed
             self._stuck += passed
             if since != self.phase.since:
-                since, self._stuck, told = self.phase.since, 0.0, None
+                since, self._stuck = self.phase.since, 0.0
             trouble = self._trouble()
-            if trouble and (trouble != told or self._broken):
-                told = trouble
+            if trouble and trouble[0] not in self._told:
+                self._told.add(trouble[0])
                 self._report(*trouble)
 
     def _trouble(self) -> tuple[str, int] | None:
         """The kind of trouble in words that don't change with time, and the exit code it deserves."""
         if lost := self._lost():
             named = "host " + ", ".join(map(str, lost))
-            if self._broken:
-                return f"{named} is dead, and with it what this one computed", ANOTHER_HOST
             return f"{named} gave no sign of life for {self.config.silence:g} s: stopped, dead or cut off", HANG
         failed = [i for i, host in self.others.items() if host.beat["phase"] == FAILED and host.quiet > GRACE]
         if failed:
             return f"host {failed[0]} could not go on, and says why", ANOTHER_HOST
         limit = self.limit()
         if self._stuck > limit and not self._broken:
-            return f"stuck in {self._where(self._beat())}, which may take {limit:.0f} s", HANG
+            return f"stuck in {self._what(self._beat())}, which may take {limit:g} s", HANG
         for index, alarm in self.alarms.items():
-            if index not in self._answered and index != self.index:
-                self._answered.add(index)
-                return f"host {index} is {alarm}", HANG
+            if index != self.index and alarm not in self._told:
+                self._told.add(alarm)
+                return f"host {index}: {alarm}", HANG
         return None
 
     def _lost(self) -> list[int]:
@@ -178,8 +177,9 @@ class Watchdog:
         stack = python_stacks()
         missing = [i for i, host in self.others.items() if not self._arrived(host)]
         if self.count > 1:
-            self._said |= {"stack": stack, "alarm": trouble}
-            self._answered.add(self.index)
+            self._said["stack"] = stack
+            if trouble.partition(": ")[2] not in self.alarms.values():  # else we answer one
+                self._said["alarm"] = trouble
             deadline = time.monotonic() + FOR_STACKS
             answering = [i for i in missing if self.others[i].quiet < COUNTED]
             while time.monotonic() < deadline and not all(i in self.stacks for i in answering):
@@ -210,12 +210,13 @@ class Watchdog:
             host.quiet < self.config.silence
         )
 
+    def _what(self, beat: dict) -> str:
+        if beat["phase"] == STEP:
+            return f"step {beat['step']}"
+        return beat["phase"] + (f" of step {beat['step']}" if beat.get("step") else "")
+
     def _where(self, beat: dict) -> str:
-        if beat["phase"] in (ENDED, FAILED):
-            return beat["phase"]
-        of = f" of step {beat['step']}" if beat["step"] and beat["phase"] != STEP else ""
-        name = f"step {beat['step']}" if beat["phase"] == STEP else beat["phase"]
-        return f"{name}{of} for {beat['for']:.0f} s ({beat['at']})"
+        return self._what(beat) + (f" for {beat['for']:.0f} s ({beat['at']})" if "at" in beat else "")
 
     def _advice(self, missing: list[int]) -> str:
         if missing:
@@ -247,21 +248,31 @@ def broken_by_another(error: BaseException | None) -> bool:
 
 
 def python_stacks() -> str:
-    """Of all threads but the watchdog's, the main one first."""
-    threads = [t for t in threading.enumerate() if not t.name.startswith("watchdog")]
-    threads.sort(key=lambda thread: thread is not threading.main_thread())
-    frames = sys._current_frames()
-    return "\n".join(
-        f"thread {t.name}:\n{''.join(traceback.format_stack(frames[t.ident])).rstrip()}"
-        for t in threads
-        if t.ident in frames
-    )
+    """Of all threads at work but ours, the main one first."""
+    main, frames = threading.main_thread(), sys._current_frames()
+    stacks = []
+    for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
+        stack = [
+            f
+            for f in traceback.extract_stack(frames.get(thread.ident or 0))
+            if f.name not in ("_bootstrap", "_bootstrap_inner")
+        ]
+        if not thread.name.startswith(OURS) and stack and stack[-1].name != "_worker":  # which waits for work
+            stacks.append(f"thread {thread.name}:\n{''.join(traceback.format_list(stack)).rstrip()}")
+    return "\n".join(stacks)
 
 
 def saves(folder: pathlib.Path) -> str:
     """What of a run's state is safe, in words."""
+    steps = saved_steps(folder.parent)
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted(int(name) for name in names if name.isdigit())
     under_way = sorted(name for name in names if name.partition(".")[0].isdigit() and not name.isdigit())
     newest = f"step {steps[-1]} in {folder}" if steps else "nothing yet"
     return newest + (f"; under way or left half done: {', '.join(under_way)}" if under_way else "")
+
+
+def saved_steps(run: str | pathlib.Path) -> list[int]:
+    """Of the checkpoints in a run's folder, ascending. A save under way has a longer name."""
+    folder = pathlib.Path(run).expanduser() / "checkpoints"
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
