@@ -44,19 +44,20 @@ def train(argv: list[str]) -> int:
     allow = allowed_fields(resolved.options.get("allow", ""), resolved.config)
     from sharding import hosts
     from trainer.loop import train as run_training
-    from trainer.phases import process_began
+    from trainer.phases import Phases, process_began
     from trainer.profiling import parse_steps
     from trainer.watchdog import saved_steps
 
     profile = parse_steps(resolved.options["profile"], resolved.config) if "profile" in resolved.options else None
-    again = os.environ.setdefault("PODWRIGHT_COMMAND", shlex.join(["podwright", "train", *argv]))
+    again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
+    phase = Phases(process_began(), again)
     hosts.join()
     try:
-        run_training(resolved.config, run, allow, profile, process_began())
+        run_training(resolved.config, run, allow, profile, phase)
     except ConfigError:
         raise
     except Exception as end:
-        if saved_steps(run):
+        if phase.step and saved_steps(run):
             first = CONTINUING.get(type(end).__name__, "continue with")
             end.add_note(f"{first}: {again}")
         raise

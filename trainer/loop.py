@@ -49,17 +49,17 @@ def train(
     run: str | pathlib.Path,
     allow: Iterable[str] = (),
     profile: range | None = None,
-    began: float | None = None,
+    phase: Phases | None = None,
 ) -> dict[str, float]:
-    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation. `began` is the Unix
-    time from which the start of this attempt counts, now if None.
+    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation. `phase` is for a
+    caller who knows when this attempt began.
 
     Raises ConfigError, DataError, StorageError, NumericsError, each with one sentence for the user, or Preempted
     after a signal, once the state is saved.
     """
     simulate_devices(config.mesh)
     use_compilation_cache(config.trainer.compilation_cache)
-    phase = Phases(began)
+    phase = phase or Phases()
     with Watchdog(config.watchdog, phase, pathlib.Path(run).expanduser()), Ledger(phase) as ledger:
         return train_in_phases(config, run, frozenset(allow), profile, phase, ledger)
 
@@ -206,6 +206,7 @@ def train_in_phases(
                 checkpoints.check()
                 if stopping:
                     break
+            phase.done()
         with phase(SAVE):
             checkpoints.finish()
         if stop:

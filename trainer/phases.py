@@ -26,10 +26,12 @@ class Phases:
     with phase("compile"): ...  # and then again what it was before
     """
 
-    def __init__(self, began: float | None = None):
-        """`began`: Unix time at which the attempt began; what has passed since belongs to init."""
+    def __init__(self, began: float | None = None, command: str = ""):
+        """`began`: Unix time at which the attempt began, now if None; what has passed since belongs to init. `command`
+        continues the run, in a shell."""
         now = time.time()
         self.began = min(now, now if began is None else began)
+        self.command = command
         self._zero = time.monotonic() - (now - self.began)  # so that a clock that is set changes no duration
         self._counted = self.since = self._zero
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -57,6 +59,12 @@ class Phases:
                 self.step_seconds.append(self._counted - self.since)
             self.reached = max(self.reached, step - 1)
             self.step, self.again, self.since = step, step <= self.reached, self._counted
+
+    def done(self) -> None:
+        """No step follows: the last one is trained."""
+        with self._lock:
+            self._count()
+            self.reached, self.again = max(self.reached, self.step), False
 
     def _enter(self, name: str) -> None:
         with self._lock:

@@ -200,8 +200,8 @@ class Watchdog:
             text = stack if index == self.index else self.stacks.get(index)
             lines += [f"stacks of host {index}:", *((text or "it does not answer").splitlines())]
         if code == ANOTHER_HOST or self.config.policy == "exit":
-            again = os.environ.get("PODWRIGHT_COMMAND")
-            lines.append(f"podwright: {trouble}: exit code {code}{f'; continue with: {again}' if again else ''}")
+            again = f"; continue with: {self.phase.command}" if self.phase.command else ""
+            lines.append(f"podwright: {trouble}: exit code {code}{again}")
             leave(lines, code, last=self.index == 0 and self.count > 1)
         print("\n".join(lines), file=sys.stderr, flush=True)
 
