@@ -19,7 +19,9 @@ class WatchdogConfig(Section):
     restore: float = setting(3600.0, "seconds to read a checkpoint", above=0)
     data_wait: float = setting(900.0, "seconds to wait for a batch", above=0)
     step: float = setting(
-        60.0, "seconds of a step, or 20 median steps if they are longer; the first steps have 10 times as long", above=0
+        120.0,
+        "seconds of a step, or 20 median steps if they are longer; the first steps have 10 times as long",
+        above=0,
     )
     save: float = setting(1800.0, "seconds for which a save may hold up training, or the last one take", above=0)
     eval: float = setting(3600.0, "seconds of an evaluation", above=0)

@@ -1,5 +1,6 @@
 """What hangs is ended with the hosts, the phase and the stack named; what is merely slow is let alone. Real processes."""
 
+import os
 import pathlib
 import signal
 import socket
@@ -11,8 +12,9 @@ from runs import finish, signal_at, start, train_command
 
 from configs.schema import WatchdogConfig
 from sharding import hosts
+from trainer import watchdog as watchdog_file
 from trainer.phases import COMPILE, DATA_WAIT, SAVE, STEP, Phases
-from trainer.watchdog import Watchdog
+from trainer.watchdog import Watchdog, saves
 
 STUCK_SOURCE = """
 import sys, time
@@ -141,6 +143,7 @@ def test_a_stopped_host_is_named_and_the_other_ends(tmp_path):
     assert seconds < 30
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_host_is_named_before_jax_aborts(tmp_path):
     run = tmp_path / "run"
@@ -163,6 +166,38 @@ def test_the_stack_of_the_host_that_hangs_is_shown_by_the_one_that_waits(tmp_pat
     assert "podwright: watchdog: host 1: stuck in data wait of step 6, which may take 4 s" in err
     assert "not arrived  host 1: data wait of step 6 for" in err
     assert "wait_for_a_source_that_never_answers" in err.split("stacks of host 1:")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_launcher_names_the_coordinator_that_was_killed(tmp_path):
+    """jax aborts the other process at once, with a C++ stack in its log."""
+    run = tmp_path / "run"
+    command = train_command("griffin-tiny", run, *LONG, *PAIR)
+    at = command.index("train")
+    job = start([*command[:at], "launch", command[at + 1], "--on", "local", "--processes", "2", *command[at + 2 :]])
+    while not (run / "ledger.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.1)
+    first = int((run / "lock").read_text().split()[1])  # process N on HOST
+    os.kill(first, signal.SIGKILL)
+    began = time.monotonic()
+    _, err = job.communicate(timeout=60)
+    assert "podwright: process 0 was ended by SIGKILL\n" in err
+    assert job.returncode == 76
+    assert time.monotonic() - began < 40
+
+
+def test_storage_that_hangs_does_not_hold_the_watchdog_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog_file, "FOR_STACKS", 0.2)
+    assert saves(tmp_path / "checkpoints") == "nothing yet"
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
+    assert saves(tmp_path / "checkpoints") == (
+        f"step 4 in {tmp_path / 'checkpoints'}; under way or left half done: 8.orbax-checkpoint-tmp"
+    )
+    monkeypatch.setattr(watchdog_file, "saved_steps", lambda run: time.sleep(3))
+    assert "does not answer" in saves(tmp_path / "checkpoints")
 
 
 def signal_at_host(first: subprocess.Popen, host: subprocess.Popen, run: pathlib.Path, step: int, number: int) -> None:

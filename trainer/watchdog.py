@@ -94,7 +94,7 @@ class Watchdog:
         while not self._ending.wait(TICK):
             now = time.monotonic()
             passed, last = min(now - last, COUNTED), now
-            for host in list(self.others.values()):
+            for host in self.others.values():
                 host.quiet += passed
             self._unheard += passed
             self._stuck += passed
@@ -115,7 +115,7 @@ class Watchdog:
             return f"host {failed[0]} could not go on, and says why", ANOTHER_HOST
         limit = self.limit()
         if self._stuck > limit and not self._broken:
-            return f"stuck in {self._what(self._beat())}, which may take {limit:g} s", HANG
+            return f"stuck in {self._what(self._beat())}, which may take {limit:.3g} s", HANG
         for index, alarm in self.alarms.items():
             if index != self.index and alarm not in self._told:
                 self._told.add(alarm)
@@ -151,10 +151,12 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """Runs beside the watcher, since without the coordinator each message can block for ever."""
-        self.count = jax.process_count()  # waits for jax's backend, which the run starts beside us
+        try:
+            self.index, self.count = jax.process_index(), jax.process_count()  # waits for jax's backend
+        except RuntimeError:  # the run meets it, too
+            return
         if self.count == 1:
             return
-        self.index = jax.process_index()
         heard: dict[int, str] = {}
         for number in itertools.count():
             ending = self._ending.wait(TICK)
@@ -165,7 +167,7 @@ class Watchdog:
                 for index, text in hosts.published("beat").items():
                     if index != self.index and heard.get(index) != text:
                         heard[index] = text
-                        self.others[index] = Host(json.loads(text))
+                        self.others = self.others | {index: Host(json.loads(text))}  # a new one: the watcher reads it
                 self.alarms, self.stacks = hosts.published("alarm"), hosts.published("stack")
                 self._unheard = 0.0
             except Exception:  # the coordinator is away: the watcher counts for how long
@@ -263,7 +265,15 @@ def python_stacks() -> str:
 
 
 def saves(folder: pathlib.Path) -> str:
-    """What of a run's state is safe, in words."""
+    """What of a run's state is safe, in words. Its storage may be what hangs."""
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.append(saves_in(folder)), name="watchdog-saves", daemon=True)
+    reader.start()
+    reader.join(FOR_STACKS)
+    return found[0] if found else f"unknown, {folder} does not answer"
+
+
+def saves_in(folder: pathlib.Path) -> str:
     steps = saved_steps(folder.parent)
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     under_way = sorted(name for name in names if name.partition(".")[0].isdigit() and not name.isdigit())
