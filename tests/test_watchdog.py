@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 
+import jax
 import pytest
 from runs import finish, signal_at, start, train_command
 
@@ -14,7 +15,7 @@ from configs.schema import WatchdogConfig
 from sharding import hosts
 from trainer import watchdog as watchdog_file
 from trainer.phases import COMPILE, DATA_WAIT, SAVE, STEP, Phases
-from trainer.watchdog import Watchdog, saves
+from trainer.watchdog import Host, Watchdog, saves
 
 STUCK_SOURCE = """
 import sys, time
@@ -186,6 +187,28 @@ def test_the_launcher_names_the_coordinator_that_was_killed(tmp_path):
     assert "podwright: process 0 was ended by SIGKILL\n" in err
     assert job.returncode == 76
     assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+    ("beat", "code", "sentence"),
+    [
+        ({"phase": "step", "step": 3, "for": 0.0, "at": "process 7 on pod-1"}, 124, "host 1 gave no sign of life"),
+        ({"phase": "failed"}, 76, "host 1 could not go on, and says why"),
+    ],
+)
+def test_a_collective_that_fails_is_explained_by_the_host_that_left(beat, code, sentence, tmp_path, monkeypatch):
+    """Gloo raises where a TPU would hang: the error is the survivor's, the cause is another host."""
+    left = []
+    monkeypatch.setattr(watchdog_file, "leave", lambda lines, code, last: left.append((code, lines[0])))
+    for name, seconds in {"TICK": 0.1, "GRACE": 1.0, "FOR_STACKS": 0.2}.items():
+        monkeypatch.setattr(watchdog_file, name, seconds)
+    monkeypatch.setattr(watchdog_file.jax, "process_count", lambda: 2)
+    watchdog = Watchdog(WatchdogConfig(silence=0.5), Phases(), tmp_path)
+    watchdog.count, watchdog.others = 2, {1: Host(beat)}
+    with pytest.raises(jax.errors.JaxRuntimeError), watchdog:
+        raise jax.errors.JaxRuntimeError("Connection closed by peer")
+    assert [code_ for code_, _ in left] == [code]
+    assert sentence in left[0][1]
 
 
 def test_storage_that_hangs_does_not_hold_the_watchdog_up(tmp_path, monkeypatch):
