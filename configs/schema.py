@@ -23,6 +23,7 @@ from configs.guard import UNGUARDED, GuardConfig
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 from configs.shared_images import check_shared_images, whole_images
+from configs.watchdog import WatchdogConfig
 
 _ARCH = ("recompile", "checkpoint", "result")  # another architecture: nothing saved fits
 _MATH = ("recompile", "result")  # same arrays, another computation
@@ -345,6 +346,7 @@ class Config:
     trainer: TrainerConfig = TrainerConfig()
     guard: GuardConfig = UNGUARDED
     eval: EvalConfig = EvalConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         text, image = not isinstance(self.data, ImageData), isinstance(self.model, NFNetConfig)
@@ -406,4 +408,5 @@ __all__ = [  # what others import from here without its being made here
     "RecallData",
     "TextData",
     "TokenizedData",
+    "WatchdogConfig",
 ]

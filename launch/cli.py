@@ -4,6 +4,7 @@ Commands import what they need inside, so that a config error is told before jax
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import shlex
@@ -20,6 +21,14 @@ EXIT_CODES = {
     "NumericsError": 5,
     "Preempted": 75,
     "AnotherHost": 76,
+    "NotJoined": 76,
+}
+
+
+CONTINUING = {  # what comes before the command that continues, where something has to be done first
+    "DataError": "once the data is put right, continue with",
+    "StorageError": "once that is put right, continue with",
+    "NumericsError": "the newest checkpoint is from before, try again with",
 }
 
 
@@ -35,17 +44,26 @@ def train(argv: list[str]) -> int:
     run = resolved.options.get("run") or os.path.join("runs", resolved.config.name)
     allow = allowed_fields(resolved.options.get("allow", ""), resolved.config)
     from sharding import hosts
-    from trainer.loop import Preempted
     from trainer.loop import train as run_training
+    from trainer.phases import Phases, process_began
     from trainer.profiling import parse_steps
+    from trainer.saved import SavedSteps
+    from trainer.storage import StorageError, folder_of
 
     profile = parse_steps(resolved.options["profile"], resolved.config) if "profile" in resolved.options else None
+    again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
+    phase = Phases(process_began(), again)
     hosts.join()
     try:
-        run_training(resolved.config, run, allow, profile)
-    except Preempted as end:
-        again = os.environ.get("PODWRIGHT_COMMAND") or shlex.join(["podwright", "train", *argv])
-        raise Preempted(f"{end}; continue with: {again}") from None
+        run_training(resolved.config, run, allow, profile, phase)
+    except ConfigError:
+        raise
+    except Exception as end:
+        with contextlib.suppress(StorageError):  # whose own end this may be
+            if phase.step and SavedSteps(folder_of(run) / "checkpoints").steps():
+                first = CONTINUING.get(type(end).__name__, "continue with")
+                end.add_note(f"{first}: {again}")
+        raise
     return 0
 
 
@@ -124,6 +142,13 @@ def data(argv: list[str]) -> int:
     return main(argv)
 
 
+def goodput(argv: list[str]) -> int:
+    """what every second of a run went to, over all its attempts, ranked, with its cost and a plot: goodput RUN"""
+    from launch.goodput import main
+
+    return main(argv)
+
+
 def replay(argv: list[str]) -> int:
     """a step of a run once more: its documents, their losses, gradient norms by layer: replay RUN --step N"""
     from launch.replay import main
@@ -173,6 +198,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_checkpoint,
     "export": export,
     "profile": profile,
+    "goodput": goodput,
     "replay": replay,
     "checkpoint": checkpoint,
     "data": data,
@@ -221,5 +247,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = next((EXIT_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in EXIT_CODES), None)
         if code is None:
             raise  # our bug: the only case with a traceback, exit code 1
-        print(f"podwright: {error}", file=sys.stderr)
+        print("podwright:", "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         return code

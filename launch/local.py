@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     command = [sys.executable, "-m", "launch", "train", name, *without(rest, OWN)]
     with started(command, count, logs, shlex.join(["podwright", "launch", *argv])) as processes:
         code = ended(processes)
-    if code not in (0, 75) and processes[0].returncode in (ANOTHER_HOST, -signal.SIGKILL):
+    if code not in (0, 75, ANOTHER_HOST) and processes[0].returncode in (ANOTHER_HOST, -signal.SIGKILL):
         index = next(i for i, process in enumerate(processes) if process.returncode == code)
         print(f"podwright: process {index} said why: {logs / f'process-{index}.log'}", file=sys.stderr)
     return code
@@ -105,8 +105,11 @@ def ended(processes: list[subprocess.Popen]) -> int:
     deadline = None
     try:
         while any(process.poll() is None for process in processes):
-            if deadline is None and any(process.returncode for process in processes):
+            failed = next((i for i, process in enumerate(processes) if process.returncode), None)
+            if deadline is None and failed is not None:
                 deadline = time.monotonic() + LAST
+                if (number := -processes[failed].returncode) > 0:
+                    print(f"podwright: process {failed} was ended by {signal.Signals(number).name}", file=sys.stderr)
             if deadline is not None and time.monotonic() > deadline:
                 for process in processes:
                     if process.poll() is None:
@@ -117,4 +120,4 @@ def ended(processes: list[subprocess.Popen]) -> int:
             signal.signal(number, handler)
     codes = [process.returncode for process in processes]
     causes = [code for code in codes if code not in (0, ANOTHER_HOST) and code > 0]
-    return next(iter(causes), next((code for code in codes if code), 0))
+    return next(iter(causes), ANOTHER_HOST if any(codes) else 0)

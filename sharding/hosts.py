@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from sharding.joining import gather, impatient
 from sharding.rules import rules_for
 
 PATIENCE = 3600  # seconds that hosts wait for one that prepares data or compiles; one that died ends all much sooner
@@ -30,14 +31,17 @@ class AnotherHost(Exception):
 def join() -> None:
     """Join the job's other processes, if there are any. Must run before jax starts its backend.
 
-    On TPU pods, Slurm and Kubernetes jax finds them itself; a machine that is no part of such a job stays alone.
+    On TPU pods, Slurm and Kubernetes jax finds them itself; a machine that is no part of such a job stays alone. After 30
+    seconds it is told who is missing. Raises NotJoined.
     """
     if INDEX in os.environ:
         count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
+        gather(os.environ[ADDRESS], count, index)
         jax.distributed.initialize(os.environ[ADDRESS], count, index)
         return
     try:
-        jax.distributed.initialize()
+        with impatient():
+            jax.distributed.initialize()
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
@@ -66,6 +70,27 @@ def meet() -> None:
         ocp.multihost.get_barrier_sync_fn()(key=f"podwright-{next(meetings)}", timeout_ms=1000 * PATIENCE)
 
 
+def publish(topic: str, text: str) -> None:
+    """Let all hosts read what this one says of a topic, in place of what it said before; through the coordinator, host 0,
+    without which this blocks or fails."""
+    client = ocp.multihost.get_jax_distributed_client()
+    client.key_value_set(f"podwright/{topic}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def published(topic: str) -> dict[int, str]:
+    """What each host has said of a topic, by its number."""
+    said = ocp.multihost.get_jax_distributed_client().key_value_dir_get(f"podwright/{topic}/")
+    return {int(key.rpartition("/")[2]): text for key, text in said}
+
+
+def exchanged(text: str) -> dict[int, str]:
+    """What every host says here, by its number. Waits for all."""
+    topic = f"exchange-{next(meetings)}"
+    publish(topic, text)
+    meet()
+    return published(topic)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """A failure inside is every host's: those without one of their own raise AnotherHost instead of waiting for ever."""
@@ -83,11 +108,11 @@ def together() -> Iterator[None]:
         raise failure
 
 
-def gather(number: int) -> np.ndarray:
-    """Each host's number, by host."""
+def numbers(own: int) -> np.ndarray:
+    """The number of each host, by host."""
     if jax.process_count() == 1:
-        return np.array([number])
-    return np.asarray(multihost_utils.process_allgather(np.array(number)))
+        return np.array([own])
+    return np.asarray(multihost_utils.process_allgather(np.array(own)))
 
 
 def from_first(told: Any) -> Any:

@@ -19,6 +19,7 @@ from trainer.run_folder import RunFolder, read_metrics
 from trainer.storage import StorageError
 
 NAME = "griffin-tiny"
+AGAIN = "; once that is put right, continue with: podwright train .*"
 
 
 def refused(capsys, arguments: list[str], code: int) -> str:
@@ -298,7 +299,7 @@ def test_a_full_disk_fails_the_job_and_keeps_what_was_saved(tmp_path):
         )
         code, out, err = finish(command)
         assert code == 4, out + err
-        assert re.fullmatch(rf"podwright: {run}\S* could not be [\w ]+: No space left on device\n", err), err
+        assert re.fullmatch(rf"podwright: {run}\S* could not be [\w ]+: No space left on device{AGAIN}\n", err), err
 
         saved = max(int(f.name) for f in (run / "checkpoints").iterdir() if f.name.isdigit())
         arrays = saved_arrays(run, saved)

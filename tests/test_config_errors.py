@@ -24,7 +24,8 @@ COMMAND_LINES = [
     ("--eval.qqq 3", "--eval.qqq is not a field, eval has every, batches"),
     (
         "--qqq.xyz 3",
-        "--qqq.xyz is not a field, the sections are model, data, optimizer, finetune, distill, mesh, checkpoint, trainer, guard, eval",
+        "--qqq.xyz is not a field, the sections are model, data, optimizer, finetune, distill, mesh, checkpoint, trainer, guard, eval, "
+        "watchdog",
     ),
     ("--eval 3", "--eval is a section, --eval.FIELD sets one of its fields every, batches"),
     ("--model.head_dim 64", "--model.head_dim is a field of gemma, but model.kind is griffin"),

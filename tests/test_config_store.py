@@ -52,8 +52,8 @@ def test_a_field_newer_than_the_file_takes_its_default():
 
 def test_a_field_that_no_longer_exists_is_refused():
     tree = json.loads(to_json(EXPERIMENTS["griffin-tiny"]()))
-    tree["trainer"]["zeal"] = 1
-    with pytest.raises(ConfigError, match=r"^old\.json: trainer\.zeal is not a field, trainer has steps, seed"):
+    tree["trainer"]["qqq"] = 1
+    with pytest.raises(ConfigError, match=r"^old\.json: trainer\.qqq is not a field, trainer has steps, seed"):
         from_json(json.dumps(tree), "old.json")
 
 

@@ -80,9 +80,9 @@ class Checkpoints:
                 raise StorageError(f"{self.folder / str(step)} was not saved: orbax gives no reason")
         return time.perf_counter() - start
 
-    def restore_newest(self, abstract_state: Any, say: Callable[[str], None]) -> tuple[Any, dict] | None:
-        """State and manifest of the newest step that is what was saved; None if there is no step. Newer ones that are damaged
-        are told and set aside. Raises StorageError if none of them can be used."""
+    def restore_newest(self, abstract_state: Any, say: Callable[[str], None]) -> tuple[Any, dict]:
+        """State and manifest of the newest step that is what was saved. Newer ones that are damaged are told and set aside.
+        Raises StorageError if there is none that can be used."""
         steps = self.saved.steps()
         damaged: list[int] = []
         for step in reversed(steps):
@@ -96,12 +96,10 @@ class Checkpoints:
             if not array_entries(manifest):
                 say(f"note: step {step} has no checksums: what was read is not known to be what was saved")
             return state, manifest
-        if steps:
-            raise StorageError(
-                f"none of the {len(steps)} checkpoints of {self.folder} can be used: podwright checkpoint doctor "
-                f"{self.folder.parent} says more"
-            )
-        return None
+        raise StorageError(
+            f"none of the {len(steps)} checkpoints of {self.folder} can be used: podwright checkpoint doctor "
+            f"{self.folder.parent} says more"
+        )
 
     def set_aside(self, steps: Sequence[int], say: Callable[[str], None]) -> None:
         """Out of the way, never deleted: they no longer count."""

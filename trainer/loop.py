@@ -29,14 +29,19 @@ from trainer.checkpoint import Checkpoints
 from trainer.distill import distilled, open_teacher
 from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.guard import Guard, read_rollbacks, recent_values, saved_part, with_recent, without_left_out
+from trainer.ledger import Ledger
 from trainer.metrics import Reporter
 from trainer.offload import check_host_memory, notes
+from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
+from trainer.preflight import check_data, check_hosts, check_program
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.replay import batch_of
 from trainer.run_folder import RunFolder
 from trainer.step import State
+from trainer.storage import folder_of
 from trainer.tasks import Task, check_fits, make_task
+from trainer.watchdog import Watchdog
 
 
 class Preempted(Exception):
@@ -44,18 +49,38 @@ class Preempted(Exception):
 
 
 def train(
-    config: Config, run: str | pathlib.Path, allow: Iterable[str] = (), profile: range | None = None
+    config: Config,
+    run: str | pathlib.Path,
+    allow: Iterable[str] = (),
+    profile: range | None = None,
+    phase: Phases | None = None,
 ) -> dict[str, float]:
-    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation.
+    """Train to `config.trainer.steps`, resuming if `run` holds a checkpoint; returns the last evaluation. `phase` is for a
+    caller who knows when this attempt began.
 
     Raises ConfigError, DataError, StorageError, NumericsError, each with one sentence for the user, or Preempted
     after a signal, once the state is saved.
     """
-    allow = frozenset(allow)
     simulate_devices(config.mesh)
     use_compilation_cache(config.trainer.compilation_cache)
+    phase = phase or Phases()
+    with Watchdog(config.watchdog, phase, folder_of(run)), Ledger(phase) as ledger:
+        return train_in_phases(config, run, frozenset(allow), profile, phase, ledger)
+
+
+def train_in_phases(
+    config: Config,
+    run: str | pathlib.Path,
+    allow: frozenset[str],
+    profile: range | None,
+    phase: Phases,
+    ledger: Ledger,
+) -> dict[str, float]:
+    check_hosts(config, run)
     with hosts.together():
         folder = RunFolder(run, config, allow, owner=hosts.first())
+        if folder.owner:
+            ledger.open(folder.path)
     with hosts.together():
         mesh = make_mesh(config.mesh)
         spec = rules_for(mesh).spec
@@ -65,6 +90,7 @@ def train(
         check_fits(config, data.manifest)
         folder.check_data(data.manifest, allowed="data" in allow)
         rollbacks = read_rollbacks(folder.path) if hosts.first() else []
+    check_data(data.manifest)
     rollbacks = hosts.from_first(rollbacks)
     data = without_left_out(data, config.guard, rollbacks)
 
@@ -109,11 +135,15 @@ def train(
             values = recent_values(folder.path, step, config.guard.window) if hosts.first() else []
             return with_recent(state, abstract, hosts.from_first(values))
 
-        resumed = checkpoints.restore_newest(saved_part(abstract), reporter.say)
-        state, meta = resumed or (first_state(), {})
+        meta: dict = {}
+        if latest is None:
+            state = first_state()
+        else:
+            with phase(RESTORE):
+                state, meta = checkpoints.restore_newest(saved_part(abstract), reporter.say)
         start = meta.get("step", 0)
         state = with_history(state, start)
-        if resumed:
+        if latest is not None:
             reporter.say(f"resumed from step {start}")
         if start >= config.trainer.steps:
             reporter.say(f"nothing to do: {folder.address} already holds step {start} of {config.trainer.steps}")
@@ -121,22 +151,25 @@ def train(
         teacher, taught = open_teacher(config, mesh, meta)
 
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
-        began = time.perf_counter()
-        lowered = program.trace(teacher).lower()
-        step_program = compiled(lowered)
-        reporter.say(f"compiled in {time.perf_counter() - began:.1f} s")
-        hosts.meet()
-        certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say)
-        if start:
-            now = certificate.noted(state.step, place(batch_of(data, start)))
-            logged_next = next_logged(folder.path, start) if hosts.first() else None
-            certificate.resumed(meta.get("certificate", {}), now, start, logged_next)
+        lowering = time.perf_counter()
+        with phase(COMPILE):
+            lowered = program.trace(teacher).lower()
+            check_program(lowered)
+            step_program = compiled(lowered)
+            reporter.say(f"compiled in {time.perf_counter() - lowering:.1f} s")
+            hosts.meet()
+            certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say)
+            if start:
+                now = certificate.noted(state.step, place(batch_of(data, start)))
+                logged_next = next_logged(folder.path, start) if hosts.first() else None
+                certificate.resumed(meta.get("certificate", {}), now, start, logged_next)
 
         @functools.cache
         def eval_program():
-            evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
-            ready = compiled(evaluating.trace(abstract.model, program.held_out).lower())
-            hosts.meet()
+            with phase(COMPILE):
+                evaluating = jax.jit(task.evaluate, compiler_options=compiler_options(mesh))
+                ready = compiled(evaluating.trace(abstract.model, program.held_out).lower())
+                hosts.meet()
             return ready
 
         def evaluate_now(state: State, step: int) -> dict[str, float]:
@@ -171,6 +204,7 @@ def train(
         reporter.start_clock()
         with (
             feed,
+            phase(STEP),
             jax.transfer_guard("disallow"),  # a hidden copy between host and device is an error, not a slow step
             StepProfiler(folder.path, profile if hosts.first() else None, reporter.say) as profiler,
         ):
@@ -179,7 +213,7 @@ def train(
             while step < config.trainer.steps or go_back:
                 if go_back:  # the newest state is a bad one: free it first
                     del state
-                    with jax.transfer_guard("allow"):
+                    with phase(RESTORE), jax.transfer_guard("allow"):
                         saved, data = guard.roll_back(checkpoints, data)
                         start = saved or 0
                         state = first_state() if saved is None else checkpoints.restore(saved, saved_part(abstract))
@@ -189,10 +223,11 @@ def train(
                     step, pending, go_back = start, None, False
                     reporter.start_clock()
                 step += 1
+                phase.at(step)
                 profiler.before(step, step_program)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     asked = time.perf_counter()
-                    with jax.profiler.TraceAnnotation("input"):
+                    with phase(DATA_WAIT), jax.profiler.TraceAnnotation("input"):
                         batch = bad_records.take(step, next(batches))
                     waited = time.perf_counter() - asked
                     state, metrics = step_program(state, place(batch), teacher)
@@ -215,15 +250,19 @@ def train(
                         continue
                     pending = None
                     if evaluating:
-                        evaluation = evaluate_now(state, step)
+                        with phase(EVAL):
+                            evaluation = evaluate_now(state, step)
                     if saving:
-                        save(state, step, batch)
+                        with phase(SAVE):
+                            save(state, step, batch)
                     reporter.start_clock()
                 checkpoints.check()
                 if stopping:
                     break
-        checkpoints.finish()
-        folder.push(wait=True)
+            phase.done()
+        with phase(SAVE):
+            checkpoints.finish()
+            folder.push(wait=True)
         if stop:
             if step < config.trainer.steps:  # so that who resumes has a step to compare with
                 _, metrics = step_program(state, place(batch_of(data, step + 1)), teacher)

@@ -115,7 +115,7 @@ class SavedSteps:
         except Exception as error:
             failure = error
         damaged = failure is not None and not NOT_DAMAGE.search(everything_said(failure))
-        told = hosts.gather(0 if failure is None else 1 if damaged else 2)
+        told = hosts.numbers(0 if failure is None else 1 if damaged else 2)
         if failure is None and not told.any():
             return result
         where = self.folder / str(step)

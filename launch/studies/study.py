@@ -33,9 +33,7 @@ def new_figure():
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError(
-            "podwright study draws with matplotlib, which is not installed: pip install 'podwright[plots]'"
-        ) from None
+        raise ConfigError("a plot needs matplotlib, which is not installed: pip install 'podwright[plots]'") from None
     # The same figures make the same file; letters stay letters.
     matplotlib.rcParams |= {"svg.hashsalt": "podwright", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
     matplotlib.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
