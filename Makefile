@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-slow test-pods test-parity lint format types bench clean
+.PHONY: demo test test-slow test-pods test-parity lint format types audit bench clean
 
 demo: .venv/core
 	$(BIN)/podwright demo
@@ -30,12 +30,19 @@ format: .venv/test
 types: .venv/test
 	$(BIN)/mypy
 
+# Known vulnerabilities, where the index answers, and what is installed by version and licence.
+audit: .venv/test
+	$(INSTALL) pip-audit pip-licenses
+	-$(BIN)/pip-audit --local --skip-editable --progress-spinner off
+	$(BIN)/pip-licenses
+
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.first_minute
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.checkpoint
 
 clean:
 	rm -rf .venv
