@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import pathlib
 import signal
@@ -15,14 +14,11 @@ from jax.sharding import Mesh
 
 from configs.schema import Config, ConfigError
 from data import open_data
-from data.dataset import Dataset
-from data.shapes import batch_fields
 from sharding import hosts
-from sharding.fallbacks import fallbacks
 from sharding.flags import compiled, compiler_options
-from sharding.mesh import describe, make_mesh, simulate_devices
+from sharding.mesh import make_mesh, simulate_devices
 from sharding.rules import rules_for
-from sharding.topologies import peak_flops
+from trainer.announcement import announced
 from trainer.bad_records import BadRecords
 from trainer.certificate import AHEAD, Certificate, next_logged
 from trainer.checkpoint import Checkpoints
@@ -31,7 +27,7 @@ from trainer.evaluate import evaluate, open_base, place_batch
 from trainer.guard import Guard, read_rollbacks, recent_values, saved_part, with_recent, without_left_out
 from trainer.ledger import Ledger
 from trainer.metrics import Reporter
-from trainer.offload import check_host_memory, notes
+from trainer.offload import check_host_memory
 from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
 from trainer.preflight import check_data, check_hosts, check_program
 from trainer.profiling import StepProfiler
@@ -40,7 +36,7 @@ from trainer.replay import batch_of
 from trainer.run_folder import RunFolder
 from trainer.step import State
 from trainer.storage import folder_of
-from trainer.tasks import Task, check_fits, make_task
+from trainer.tasks import check_fits, make_task
 from trainer.watchdog import Watchdog
 
 
@@ -120,7 +116,8 @@ def train_in_phases(
         program = make_program(config, task, mesh)
         abstract = program.state
         latest = checkpoints.saved.newest()
-        reporter.say(*plan(config, folder, mesh, data, task, abstract, latest))
+        reporter.say(*(f"removed {name}, which a killed save or deletion had left" for name in checkpoints.removed))
+        reporter.say(*announced(config, folder, mesh, data, task, abstract, latest))
 
         def first_state() -> State:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, saved_part(abstract))
@@ -272,56 +269,6 @@ def train_in_phases(
             raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
         reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
         return evaluation
-
-
-def plan(
-    config: Config, folder: RunFolder, mesh: Mesh, data: Dataset, task: Task, abstract: State, latest: int | None
-) -> list[str]:
-    """What is about to happen, in at most 25 lines."""
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    peak = peak_flops(mesh.devices.flat[0].device_kind)
-    optimizer, trainer, every = config.optimizer, config.trainer, config.checkpoint
-    kept = f"newest {every.keep_last} kept" + (f", and every {every.keep_every}th" if every.keep_every else "")
-    return [
-        f"run         {folder.address} ({config.name})",
-        f"model       {config.model.kind}, {parameters:,} parameters, {trainer.compute_dtype} compute, "
-        f"{state_bytes / 2**20:,.1f} MiB of state",
-        f"mesh        {describe(mesh)}",
-        *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(data.describe())),
-        *([f"epochs      by step {trainer.steps}: {epochs_in_words(data, trainer.steps)}"] if data.sources else []),
-        f"input       {data.ahead(host_bytes(config))}",
-        f"step        {task.units_per_step:,} {task.unit}, {task.flops_per_step:.3g} FLOPs; "
-        + (f"MFU against {peak:.3g} FLOP/s a device" if peak else "no MFU: no peak is known for this device"),
-        f"optimizer   {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
-        f"{optimizer.warmup_steps} of {trainer.steps} steps warm-up"
-        + (": too few steps to reach the peak" if optimizer.warmup_steps > trainer.steps else ""),
-        f"checkpoints {folder.checkpoints}, every {every.every} steps, {kept}",
-        *([f"teacher     {config.distill.teacher}, {amount(config)}"] if config.distill.teacher else []),
-        f"state       {origin(config) if latest is None else f'resume from step {latest}'}",
-        *(f"note        {note}" for note in [*config.notes(), *notes(config, mesh), *fallbacks(abstract, mesh)]),
-        *(f"changed     {change}" for change in folder.changes[:5]),
-    ]
-
-
-def epochs_in_words(data: Dataset, steps: int) -> str:
-    return ", ".join(f"{count:.2f} of {source}" for source, count in data.epochs(steps).items())
-
-
-def host_bytes(config: Config) -> int:
-    """Of a batch on one host."""
-    fields = batch_fields(config.data).values()
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields) // jax.process_count()
-
-
-def amount(config: Config) -> str:
-    samples, weight = config.distill.samples, config.distill.weight
-    return (f"{samples} sampled logits a token" if samples else "its whole distribution") + f", {weight:g} of the loss"
-
-
-def origin(config: Config) -> str:
-    base = config.finetune.base
-    return f"new, the parameters of {base}" if base else f"new, from seed {config.trainer.seed}"
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
