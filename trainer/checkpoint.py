@@ -43,9 +43,9 @@ class Checkpoints:
         # orbax narrates saves, and each part of one that fails; the cause itself is raised.
         for narrator in ("absl", "asyncio"):
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
-        with self._explained("opened"):
+        with hosts.together(), self._explained("opened"):
             self.removed = self._remove_leftovers() if hosts.first() else []
-            hosts.meet()
+        with self._explained("opened"):
             self.config, self.ours, self.retention = config, self._own_steps(), Retention()
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self.retention, enable_async_checkpointing=True, save_root_metadata=False
@@ -105,13 +105,12 @@ class Checkpoints:
         """Out of the way, never deleted: they no longer count."""
         if not steps:
             return
-        with self._explained("put in order"):
+        with hosts.together(), self._explained("put in order"):
             for step in steps:
                 if hosts.first():
                     say(f"step {step} is set aside: {self._set_aside(step)}")
                 self.ours.pop(step, None)
-            hosts.meet()
-            self.manager.reload()
+        self.manager.reload()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of a step. Raises StorageError."""
