@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from data.tf_example import features
 from data.token_shards import open_records
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+Content = tuple[bytes, int] | BadRecord
 LABELS = "label.labels.txt"  # of TFDS: the name of a class a line
 
 
@@ -31,8 +33,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[bytes, int] | BadRecord:
-        """An encoded image and its label."""
+    def read(self, indices: np.ndarray) -> Iterable[Content]:
+        """Encoded images and their labels, by number, int64 [n]."""
         ...
 
     def origin(self, index: int) -> Origin: ...
@@ -55,7 +57,10 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> tuple[bytes, int] | BadRecord:
+    def read(self, indices: np.ndarray) -> Iterable[Content]:
+        return map(self.read_one, indices)
+
+    def read_one(self, index: int) -> Content:
         file = os.path.join(self.folder, self.files[index])
         try:
             return Path(file).read_bytes(), int(self.labels[index])
@@ -92,7 +97,10 @@ class RecordFiles:
         file = int(np.searchsorted(self.ends, index, side="right"))
         return file, index - (int(self.ends[file - 1]) if file else 0)
 
-    def read(self, index: int) -> tuple[bytes, int] | BadRecord:
+    def read(self, indices: np.ndarray) -> Iterable[Content]:
+        return map(self.read_one, indices)
+
+    def read_one(self, index: int) -> Content:
         number, place = self.place(index)
         file = self.files[number]
         try:
