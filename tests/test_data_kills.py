@@ -63,7 +63,8 @@ def until_killed(folder, packing, cache, start, hosts, last, enough=any):
             reader.kill()
             reader.wait()
     found = [steps_of(log) for log in logs]
-    return {step: sum((steps[step] for steps in found), []) for step in sorted(set.intersection(*map(set, found)))}
+    told = sorted(set.intersection(*map(set, found)))
+    return {step: [name for steps in found for name in steps[step]] for step in told}
 
 
 def steps_of(log):
