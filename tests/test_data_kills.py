@@ -102,7 +102,6 @@ def test_rows_are_read_once_an_epoch_by_readers_that_are_killed(folder, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["concat", "best-fit"])
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize(("packing", "seed"), [("concat", 2), ("best-fit", 3)])
 def test_rows_are_read_once_an_epoch_however_often_readers_are_killed(folder, packing, seed, tmp_path):
-    check_lives(folder, packing, tmp_path, seed, most_hosts=8, lives=6)
+    check_lives(folder, packing, tmp_path, seed, most_hosts=5, lives=6)
