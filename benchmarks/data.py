@@ -2,14 +2,18 @@
 
 Run as `python -m benchmarks.data [--out FILE]`; needs the package `datasets` (extra `eval`) and two minutes. The documents are
 Python's own sources, the tokenizer is bytes, rows are 64 of 2,048. Every side has a process of its own; they take turns,
-three times each, and a figure is the median. Sides:
+three times each, and a figure is the median. Below them stands how long `griffin-tiny` waits for such data while it trains.
+Sides:
 
 podwright     prepared shards, `concat` and `best-fit`, with positions, segments and weights, shuffled by row
 grain         the pipeline of grain's documentation: an ArrayRecord of tokenised documents, shuffled, packed by
               ConcatThenSplit or FirstFit (which MaxText's grain pipeline calls), batched
+MaxText       its grain pipeline's steps for tokenised records, with grain's own classes: inputs and targets are both packed by
+              FirstFit and padded, then targets are moved by one; without its parsing of tf.train.Example, so rather too fast
 streaming     as torchtitan reads: `datasets` streams JSON lines, each text is tokenised as it comes and laid end to end
 """
 
+import functools
 import json
 import pathlib
 import resource
@@ -27,6 +31,8 @@ from benchmarks.tables import arguments, machine, publish, table
 LENGTH, ROWS = 2048, 64
 SECONDS = 4.0  # that a side is measured for
 ROUNDS = 3
+STEPS, SETTLED = 100, 20  # of a training, and those before its wait is looked at
+PAIR = ("inputs", "targets")
 
 
 def main() -> None:
@@ -43,6 +49,7 @@ def main() -> None:
                     raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
                 print(side, found[side][-1], file=sys.stderr, flush=True)
+        wait = wait_of_training(folder)
     rows = []
     for side, runs in found.items():
         a_core, wall, memory, filled = (
@@ -50,7 +57,20 @@ def main() -> None:
         )
         rows.append([side, f"{a_core / 1e6:,.2f}", f"{wall / 1e6:,.2f}", f"{memory:,.0f}", f"{filled:.1%}"])
     heads = ("side", "M tokens a second of processor time", "M tokens/s", "MiB", "places learned")
-    publish(["# Input of text", "", *table(heads, rows), "", machine()], options.out)
+    said = f"`griffin-tiny` waits {wait:.2f} % of its time for data, over {STEPS - SETTLED} steps."
+    publish(["# Input of text", "", *table(heads, rows), "", said, "", machine()], options.out)
+
+
+def wait_of_training(folder: pathlib.Path) -> float:
+    """Percent of the time, of training on the shards, after the steps that compile."""
+    words = f"--data.kind prepared --data.sources {folder / 'shards'} --data.packing best-fit --trainer.steps {STEPS}"
+    command = [sys.executable, "-m", "launch", "train", "griffin-tiny", "--run", str(folder / "run"), *words.split()]
+    subprocess.run([*command, "--trainer.log_every", "10", "--eval.every", "0"], check=True, capture_output=True)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    waits = [
+        line["data_wait_percent"] for line in lines if line.get("step", 0) > SETTLED and "data_wait_percent" in line
+    ]
+    return statistics.mean(waits)
 
 
 def write_corpus(folder: pathlib.Path) -> None:
@@ -108,6 +128,31 @@ def grains(packing: str) -> Callable[[pathlib.Path], Iterator]:
     return batches
 
 
+def maxtexts(folder: pathlib.Path) -> Iterator:
+    import grain
+    from absl import flags
+    from grain import experimental
+
+    flags.FLAGS.mark_as_parsed()
+    source = grain.sources.ArrayRecordDataSource(str(folder / "ids.array_record"))
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=500)  # its defaults
+    records = grain.MapDataset.source(source).shuffle(seed=0).repeat().to_iter_dataset(options)
+    pairs = records.map(lambda one: dict.fromkeys(PAIR, np.frombuffer(one, "<u2")[:LENGTH].astype(np.int32)))
+    packed = experimental.FirstFitPackIterDataset(
+        pairs, length_struct=dict.fromkeys(PAIR, LENGTH), num_packing_bins=ROWS
+    )
+    padded = functools.partial(experimental.batch_and_pad, batch_size=ROWS, pad_value=0)
+    return iter(packed.batch(ROWS, batch_fn=padded).map(moved))
+
+
+def moved(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each target is the token after its input; the last has none, and so have those of padding."""
+    for name in ("targets", "targets_segment_ids"):
+        batch[name] = np.pad(batch[name], [(0, 0), (0, 1)])[:, 1:]
+    batch["targets_segment_ids"] = np.where(batch["targets"] != 0, batch["targets_segment_ids"], 0)
+    return batch
+
+
 def streaming(folder: pathlib.Path) -> Iterator:
     import datasets
 
@@ -130,6 +175,7 @@ SIDES: dict[str, Callable[[pathlib.Path], Iterator]] = {
     "podwright, best-fit": ours("best-fit"),
     "grain, ConcatThenSplit": grains("concat"),
     "grain, FirstFit": grains("first-fit"),
+    "MaxText's steps, FirstFit": maxtexts,
     "datasets, streaming": streaming,
 }
 
@@ -145,6 +191,8 @@ def measure(side: str, folder: pathlib.Path) -> dict[str, float]:
     wall, spent = time.perf_counter() - began, time.process_time() - used
     if "weights" in batch:
         learned = int(np.count_nonzero(batch["weights"]))
+    elif "targets_segment_ids" in batch:
+        learned = int(np.count_nonzero(batch["targets_segment_ids"]))
     elif "tokens_segment_ids" in batch:
         learned = int(np.count_nonzero(batch["tokens_segment_ids"][:, 1:]))
     else:

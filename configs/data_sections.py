@@ -160,7 +160,7 @@ class ImageData(Section):
     source: str = setting(
         "digits",
         "'digits' (scikit-learn's 1,797 of 8 by 8), a folder of images in folders, one a class, or ArrayRecord files as TFDS "
-        "writes them",
+        "writes them (gs://, too)",
         changes=_DATA,
     )
     held_out_source: str = setting(

@@ -1,9 +1,10 @@
 """What training changes in an image: a distorted crop, a flip, and RandAugment (arXiv 1909.13719) as 2102.06171 uses it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 
 from data.image_decoding import MARGIN, resized
 
@@ -12,15 +13,16 @@ COVER = 0.1  # of the image, at least
 TRIES = 10
 FILL = (128, 128, 128)
 
-Op = Callable[[Image.Image, float, np.random.Generator], Image.Image]  # (RGB, magnitude / 10, random)
+Table = Callable[["Pixels", float], np.ndarray]  # (pixels, magnitude / 10): uint8 (3 256)
+Move = Callable[[Image.Image, float, np.random.Generator], Image.Image]  # (RGB, magnitude / 10, random)
+values = np.arange(256)
 
 
 def crop_and_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 (H W 3) to float32 (size size 3): a part of it, resized without regard to its proportion, flipped half the time."""
     top, left, height, width = distorted_box(image.shape[0], image.shape[1], size, rng)
     flip = rng.random() < 0.5
-    cut = image[top : top + height, left : left + width]
-    return resized(cut[:, ::-1] if flip else cut, size, size)
+    return resized(image[top : top + height, left : left + width], size, size, flip)
 
 
 def distorted_box(height: int, width: int, size: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -40,11 +42,40 @@ def distorted_box(height: int, width: int, size: int, rng: np.random.Generator) 
 
 
 def rand_augment(image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (H W 3), same shape: `layers` operations drawn evenly, each applied; magnitudes of the table in OPS."""
-    picture = Image.fromarray(image)
-    for choice in rng.integers(len(OPS), size=layers):
-        picture = list(OPS.values())[choice](picture, magnitude / 10, rng)
-    return np.asarray(picture)
+    """uint8 (H W 3), same shape: `layers` operations drawn evenly, each applied; their magnitudes are in TABLES and MOVES."""
+    return operate(image, [OPS[choice] for choice in rng.integers(len(OPS), size=layers)], magnitude / 10, rng)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An image whose values are still to be looked up in a table: tables in a row become one."""
+
+    image: Image.Image
+    table: np.ndarray | None = None  # uint8 (3 256)
+
+    def counts(self) -> np.ndarray:
+        """How often each value is there, int64 (3 256)."""
+        found = np.array(self.image.histogram()).reshape(3, 256)
+        if self.table is None:
+            return found
+        return np.array([np.bincount(to, of, 256) for to, of in zip(self.table, found, strict=True)]).astype(int)
+
+    def then(self, table: np.ndarray) -> "Pixels":
+        return Pixels(self.image, table if self.table is None else np.take_along_axis(table, self.table.astype(int), 1))
+
+    def done(self) -> Image.Image:
+        return self.image if self.table is None else self.image.point(self.table.ravel().tolist())
+
+
+def operate(image: np.ndarray, names: list[str], m: float, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (H W 3), same shape: the operations, one after the other, at magnitude 10 m."""
+    pixels = Pixels(Image.fromarray(image))
+    for name in names:
+        if name in TABLES:
+            pixels = pixels.then(TABLES[name](pixels, m))
+        else:
+            pixels = Pixels(MOVES[name](pixels.done(), m, rng))
+    return np.asarray(pixels.done())
 
 
 def either(value: float, rng: np.random.Generator) -> float:
@@ -63,20 +94,44 @@ def rotate(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Imag
     return image.rotate(either(30 * m, rng), Image.Resampling.NEAREST, fillcolor=FILL)
 
 
-def posterize(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
-    bits = int(4 * m)
-    return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
+def autocontrast(pixels: Pixels, m: float) -> np.ndarray:
+    """The least value becomes 0, the greatest 255."""
+    return np.stack([ramp(*np.flatnonzero(of)[[0, -1]].tolist()) for of in pixels.counts()])
 
 
-def solarize_add(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
-    """Values below 128 grow."""
-    return image.point([min(255, value + int(110 * m)) if value < 128 else value for value in range(256)] * 3)
+def ramp(low: int, high: int) -> np.ndarray:
+    if low == high:
+        return values.astype(np.uint8)
+    scale = 255 / (high - low)
+    return np.clip(np.trunc(values * scale - low * scale), 0, 255).astype(np.uint8)
 
 
-def contrast(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+def equalize(pixels: Pixels, m: float) -> np.ndarray:
+    """Every value as often as any other, as far as that goes."""
+    table = np.tile(values.astype(np.uint8), (3, 1))
+    for to, of in zip(table, pixels.counts(), strict=True):
+        step = (of.sum() - of[np.flatnonzero(of)[-1]]) // 255
+        if step:
+            to[:] = np.minimum((step // 2 + np.cumsum(of) - of) // step, 255)
+    return table
+
+
+def alike(table: np.ndarray) -> np.ndarray:
+    return np.tile(np.clip(table, 0, 255).astype(np.uint8), (3, 1))
+
+
+def contrast(pixels: Pixels, m: float) -> np.ndarray:
     """Away from a grey that the published code takes from the number of pixels, not from the image."""
-    grey = min(255, image.width * image.height // 256)
-    return Image.blend(Image.new("RGB", image.size, (grey,) * 3), image, enhancement(m))
+    grey = min(255, pixels.image.width * pixels.image.height // 256)
+    return alike(grey + np.float32(enhancement(m)) * (values - grey).astype(np.float32))
+
+
+def color(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    return image if enhancement(m) == 1 else ImageEnhance.Color(image).enhance(enhancement(m))
+
+
+def sharpness(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
+    return image if enhancement(m) == 1 else ImageEnhance.Sharpness(image).enhance(enhancement(m))
 
 
 def cutout(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Image:
@@ -90,24 +145,28 @@ def cutout(image: Image.Image, m: float, rng: np.random.Generator) -> Image.Imag
 
 
 def enhancement(m: float) -> float:
+    """1 at a magnitude of 5, where it changes nothing."""
     return 1.8 * m + 0.1
 
 
-OPS: dict[str, Op] = {
-    "autocontrast": lambda image, m, rng: ImageOps.autocontrast(image),
-    "equalize": lambda image, m, rng: ImageOps.equalize(image),
-    "invert": lambda image, m, rng: ImageOps.invert(image),
-    "rotate": rotate,
-    "posterize": posterize,
-    "solarize": lambda image, m, rng: ImageOps.solarize(image, int(256 * m)),
-    "solarize_add": solarize_add,
-    "color": lambda image, m, rng: ImageEnhance.Color(image).enhance(enhancement(m)),
+TABLES: dict[str, Table] = {
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+    "invert": lambda pixels, m: alike(255 - values),
+    "posterize": lambda pixels, m: alike(values & -(1 << (8 - min(8, int(4 * m))))),
+    "solarize": lambda pixels, m: alike(np.where(values < int(256 * m), values, 255 - values)),
+    "solarize_add": lambda pixels, m: alike(np.where(values < 128, values + int(110 * m), values)),
     "contrast": contrast,
-    "brightness": lambda image, m, rng: ImageEnhance.Brightness(image).enhance(enhancement(m)),
-    "sharpness": lambda image, m, rng: ImageEnhance.Sharpness(image).enhance(enhancement(m)),
+    "brightness": lambda pixels, m: alike(np.float32(enhancement(m)) * values.astype(np.float32)),
+}
+MOVES: dict[str, Move] = {
+    "rotate": rotate,
+    "color": color,
+    "sharpness": sharpness,
     "shear_x": lambda image, m, rng: affine(image, 1, either(0.3 * m, rng), 0, 0, 1, 0),
     "shear_y": lambda image, m, rng: affine(image, 1, 0, 0, either(0.3 * m, rng), 1, 0),
     "translate_x": lambda image, m, rng: affine(image, 1, 0, either(100 * m, rng), 0, 1, 0),
     "translate_y": lambda image, m, rng: affine(image, 1, 0, 0, 0, 1, either(100 * m, rng)),
     "cutout": cutout,
 }
+OPS = (*TABLES, *MOVES)

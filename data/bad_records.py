@@ -33,6 +33,12 @@ def taken_from(batch: dict[str, np.ndarray]) -> list[BadRecord]:
     return [BadRecord(*one) for one in json.loads(batch.pop(FIELD).tobytes())] if FIELD in batch else []
 
 
+def records_in(batch: dict[str, np.ndarray]) -> int:
+    """How many records its rows are made of: of mixed images, two each."""
+    rows = len(next(iter(batch.values())))
+    return 2 * rows if "labels_b" in batch else rows
+
+
 def substituted(
     read: Callable[[np.ndarray], Sequence[Any]], indices: np.ndarray, count: int
 ) -> tuple[list[Any], list[BadRecord]]:

@@ -1,10 +1,13 @@
 """Where labelled images are: a folder of classes, as ImageNet is laid out, or ArrayRecord files of tf.train.Example, as TFDS
 writes them. Nothing is decoded here."""
 
+import fnmatch
 import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +16,13 @@ import numpy as np
 
 from data.bad_records import BadRecord
 from data.dataset import DataError, Origin, is_held_out
+from data.files import folder_sizes, read_file, read_files
 from data.tf_example import features
-from data.token_shards import open_records
+from data.token_shards import REQUESTS, in_words, open_records
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+Content = tuple[bytes, int] | BadRecord
+RECORDS = "*.array*record*"
 LABELS = "label.labels.txt"  # of TFDS: the name of a class a line
 
 
@@ -31,8 +37,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[bytes, int] | BadRecord:
-        """An encoded image and its label."""
+    def read(self, indices: np.ndarray) -> Iterable[Content]:
+        """Encoded images and their labels, by number, int64 [n]."""
         ...
 
     def origin(self, index: int) -> Origin: ...
@@ -55,12 +61,11 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> tuple[bytes, int] | BadRecord:
-        file = os.path.join(self.folder, self.files[index])
-        try:
-            return Path(file).read_bytes(), int(self.labels[index])
-        except OSError:
-            return BadRecord(file, 0, "unreadable")
+    def read(self, indices: np.ndarray) -> Iterable[Content]:
+        files = [f"{self.folder}/{self.files[i]}" for i in indices]
+        contents = read_files(files) if "://" in self.folder else map(content_of, files)  # here one after the other
+        for index, file, content in zip(indices, files, contents, strict=True):
+            yield BadRecord(file, 0, "unreadable") if content is None else (content, int(self.labels[index]))
 
     def origin(self, index: int) -> Origin:
         return Origin(self.files[index], 0)
@@ -92,7 +97,18 @@ class RecordFiles:
         file = int(np.searchsorted(self.ends, index, side="right"))
         return file, index - (int(self.ends[file - 1]) if file else 0)
 
-    def read(self, index: int) -> tuple[bytes, int] | BadRecord:
+    def read(self, indices: np.ndarray) -> Iterable[Content]:
+        if "://" not in self.files[0]:
+            return map(self.read_one, indices)
+        wanted: dict[int, list[int]] = {}
+        for index in indices:
+            wanted.setdefault(self.place(index)[0], []).append(int(index))
+        with ThreadPoolExecutor(min(len(wanted), REQUESTS)) as threads:  # each file in one, which waits for the network
+            found = threads.map(lambda some: [(index, self.read_one(index)) for index in some], wanted.values())
+        contents = dict(pair for pairs in found for pair in pairs)
+        return [contents[int(index)] for index in indices]
+
+    def read_one(self, index: int) -> Content:
         number, place = self.place(index)
         file = self.files[number]
         try:
@@ -119,47 +135,64 @@ class RecordFiles:
         return np.array([is_held_out(name, share) for name in names])
 
 
+def content_of(file: str) -> bytes | None:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read()
+    except OSError:
+        return None
+
+
 def open_source(name: str) -> ImageSource:
-    """`name` is a folder of classes, a folder of .array_record files, or a pattern of such files. Raises DataError."""
-    path = Path(name).expanduser()
-    pattern = str(path / "*.array*record*") if path.is_dir() else str(path)
-    records = sorted(glob.glob(pattern)) if path.is_dir() or glob.has_magic(pattern) else []
+    """`name` is a folder of classes, a folder of .array_record files, or a pattern of such files; here or in cloud storage.
+    Raises DataError."""
+    path = name if "://" in name else str(Path(name).expanduser())
+    folder, pattern = os.path.split(path) if glob.has_magic(path) else (path.rstrip("/"), RECORDS)
+    try:
+        sizes = folder_sizes(folder)
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error}") from None
+    records = sorted(file for file in sizes if "/" not in file and fnmatch.fnmatch(file, pattern))
     if records:
-        return open_record_files(name, records)
-    if not path.is_dir():
+        return open_record_files(name, folder, {file: sizes[file] for file in records})
+    if not sizes and not os.path.isdir(folder):
         raise DataError(f"{name} is neither a folder of images nor of ArrayRecord files: give data.source one of these")
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [
-        (f"{one}/{file}", label)
-        for label, one in enumerate(classes)
-        for file in sorted(os.listdir(path / one))
-        if file.lower().endswith(SUFFIXES)
-    ]
+    classes = sorted({file.partition("/")[0] for file in sizes if "/" in file})
+    numbers = {one: label for label, one in enumerate(classes)}
+    files = sorted(file.split("/") for file in sizes if "/" in file and file.lower().endswith(SUFFIXES))
     if not files:
         raise DataError(
             f"{name} has no images in folders, one a class ({', '.join(SUFFIXES)}), and no ArrayRecord files"
         )
-    listed = [(file, label, os.path.getsize(path / file)) for file, label in files]
+    listed = [(f"{one}/{file}", numbers[one], sizes[f"{one}/{file}"]) for one, file in files]
     return ClassFolders(
-        folder=str(path),
-        files=tuple(file for file, _ in files),
-        labels=np.array([label for _, label in files], np.int32),
+        folder=folder,
+        files=tuple(file for file, _, _ in listed),
+        labels=np.array([label for _, label, _ in listed], np.int32),
         classes=len(classes),
         digest=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
     )
 
 
-def open_record_files(name: str, files: list[str]) -> RecordFiles:
-    labels = Path(files[0]).parent / LABELS
-    if not labels.exists():
-        raise DataError(f"{name} has no {LABELS}, the name of a class a line, as TFDS writes it: labels have no number")
+def open_record_files(name: str, folder: str, sizes: dict[str, int]) -> RecordFiles:
+    """Of files of so many bytes. Raises DataError."""
+    files = [f"{folder}/{file}" for file in sizes]
     try:
-        counts = [open_records(file).num_records() for file in files]
+        labels = read_file(f"{folder}/{LABELS}").decode()
+    except FileNotFoundError:
+        raise DataError(
+            f"{name} has no {LABELS}, the name of a class a line, as TFDS writes it: labels have no number"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{folder}/{LABELS} cannot be read: {error}") from None
+    try:
+        with ThreadPoolExecutor(REQUESTS) as threads:
+            counts = list(threads.map(lambda file: open_records(file).num_records(), files))
     except RuntimeError as error:
-        raise DataError(f"an ArrayRecord file of {name} cannot be read: {error}") from None
+        raise DataError(f"an ArrayRecord file of {name} cannot be read: {in_words(error)}") from None
     if not sum(counts):
         raise DataError(f"the ArrayRecord files of {name} are empty")
-    classes = len(labels.read_text().split("\n")) - labels.read_text().endswith("\n")
-    listed = [(os.path.basename(file), os.path.getsize(file), count) for file, count in zip(files, counts, strict=True)]
+    classes = len(labels.split("\n")) - labels.endswith("\n")
+    listed = [(file, size, count) for (file, size), count in zip(sizes.items(), counts, strict=True)]
     digest = hashlib.sha256(json.dumps([classes, *listed]).encode()).hexdigest()
     return RecordFiles(tuple(files), np.cumsum(counts), classes, digest, {})

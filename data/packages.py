@@ -11,5 +11,5 @@ def needed(module: str, file: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.partition(".")[0]
+        package = module.partition(".")[0].replace("PIL", "pillow")
         raise DataError(f"{file} needs the package {package}: pip install -e '.[data]'") from None

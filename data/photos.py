@@ -2,6 +2,7 @@
 comes from the seed and the position in the endless stream, so that neither hosts nor workers change a pixel."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,11 @@ from data.augment import crop_and_flip, rand_augment
 from data.bad_records import BadRecord, substituted, with_bad
 from data.dataset import Batch, DataError, Dataset, Origin, manifest_of
 from data.image_decoding import BadImage, decoded, for_evaluation, normalised, resized
-from data.image_sources import ImageSource, open_source
+from data.image_sources import Content, ImageSource, open_source
 from data.mixing import cut_mix, mix_up
 from data.order import ALGORITHM, example_at
 
-FORMAT = "photos-1"  # how images become batches: part of every manifest
+FORMAT = "photos-2"  # how images become batches: part of every manifest
 Photo = tuple[np.ndarray, int]  # uint8 (H W 3), label
 
 
@@ -29,19 +30,29 @@ class Split:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def photo(self, index: int) -> Photo | BadRecord:
-        number = int(self.numbers[index])
-        read = self.source.read(number)
-        if isinstance(read, BadRecord):
-            return read
-        try:
-            return decoded(read[0]), read[1]
-        except BadImage as why:
-            origin = self.source.origin(number)
-            return BadRecord(origin.source, origin.place, str(why))
+    def photos(self, indices: np.ndarray, bad: list[BadRecord]) -> Iterator[Photo]:
+        """One after the other, int64 [n]. What cannot be used is added to `bad`, and another image stands for it."""
+        for index, content in zip(indices, self.encoded(indices), strict=True):
+            photo = self.photo(int(index), content)
+            if isinstance(photo, BadRecord):
+                [photo], found = substituted(self.again, np.array([index]), len(self))
+                bad += found
+            yield photo
 
-    def photos(self, indices: np.ndarray) -> tuple[list[Photo], list[BadRecord]]:
-        return substituted(lambda some: [self.photo(int(i)) for i in some], indices, len(self))
+    def encoded(self, indices: np.ndarray) -> Iterator[Content]:
+        return iter(self.source.read(self.numbers[indices]))
+
+    def again(self, indices: np.ndarray) -> list[Photo | BadRecord]:
+        return [self.photo(int(i), content) for i, content in zip(indices, self.encoded(indices), strict=True)]
+
+    def photo(self, index: int, content: Content) -> Photo | BadRecord:
+        if isinstance(content, BadRecord):
+            return content
+        try:
+            return decoded(content[0]), content[1]
+        except BadImage as why:
+            origin = self.source.origin(int(self.numbers[index]))
+            return BadRecord(origin.source, origin.place, str(why))
 
 
 @dataclass(frozen=True)
@@ -57,26 +68,29 @@ class TrainingPhotos:
     def read(self, positions: np.ndarray) -> Batch:
         """Images [B] by position, int64 [B]. Fields: images float32 [B, H, W, 3], normalised; labels int32 [B]; weights float32
         [B]; where images are mixed also labels_b int32 [B], of the other image, and mix float32 [B], the share of `labels`."""
-        photos, bad = self.split.photos(self.indices(positions))
-        partners: list[Photo] = []
-        if self.config.mixes:
-            partners, others = self.split.photos(self.partners(positions))
-            bad = bad + others
-        images, shares = [], np.ones(len(positions), np.float32)
-        for place, position in enumerate(positions):
-            rng = np.random.Generator(np.random.Philox(key=key_of(self.config.seed, int(position))))
-            image = self.fitted(photos[place][0], rng)
-            if partners:
-                image, shares[place] = self.mixed(image, self.fitted(partners[place][0], rng), int(position), rng)
-            images.append(self.finished(image, rng))
+        size, bad = self.config.image_size, list[BadRecord]()
         batch = {
-            "images": np.stack(images),
-            "labels": np.array([label for _, label in photos], np.int32),
+            "images": np.empty((len(positions), size, size, 3), np.float32),
+            "labels": np.empty(len(positions), np.int32),
             "weights": np.ones(len(positions), np.float32),
         }
-        if partners:
-            batch |= {"labels_b": np.array([label for _, label in partners], np.int32), "mix": shares}
+        if self.config.mixes:
+            batch |= {"labels_b": np.empty(len(positions), np.int32), "mix": np.ones(len(positions), np.float32)}
+        photos = self.split.photos(self.wanted(positions), bad)  # a decoded image is large: one at a time
+        for place, position in enumerate(positions):
+            rng = np.random.Generator(np.random.Philox(key=key_of(self.config.seed, int(position))))
+            whole, batch["labels"][place] = next(photos)
+            image = self.fitted(whole, rng)
+            if self.config.mixes:
+                whole, batch["labels_b"][place] = next(photos)
+                image, batch["mix"][place] = self.mixed(image, self.fitted(whole, rng), int(position), rng)
+            self.finish(image, rng, batch["images"][place])
         return with_bad(batch, bad)
+
+    def wanted(self, positions: np.ndarray) -> np.ndarray:
+        """Images in the order of their use: each position's own, and the one that it is mixed with."""
+        own = self.indices(positions)
+        return np.stack([own, self.partners(positions)], axis=1).ravel() if self.config.mixes else own
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         return example_at(positions, len(self.split), self.config.seed)
@@ -96,11 +110,11 @@ class TrainingPhotos:
             return cut_mix(a, b, rng)
         return mix_up(a, b, self.config.mixup_alpha, rng)
 
-    def finished(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def finish(self, image: np.ndarray, rng: np.random.Generator, out: np.ndarray) -> None:
         if self.config.randaugment_layers:
             whole = np.clip(image, 0, 255).astype(np.uint8)  # cubic interpolation overshoots
             image = rand_augment(whole, self.config.randaugment_layers, self.config.randaugment_magnitude, rng)
-        return normalised(image)
+        normalised(image, out)
 
     def origins(self, positions: np.ndarray) -> list[list[Origin]]:
         return [[self.split.source.origin(int(self.split.numbers[i]))] for i in self.indices(positions)]
@@ -116,12 +130,15 @@ class HeldOutPhotos:
 
     def read(self, indices: np.ndarray) -> Batch:
         """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, 3], normalised, labels int32 [B], weights float32 [B]."""
-        photos, bad = self.split.photos(indices)
+        bad: list[BadRecord] = []
         batch = {
-            "images": np.stack([normalised(for_evaluation(image, self.size)) for image, _ in photos]),
-            "labels": np.array([label for _, label in photos], np.int32),
-            "weights": np.ones(len(photos), np.float32),
+            "images": np.empty((len(indices), self.size, self.size, 3), np.float32),
+            "labels": np.empty(len(indices), np.int32),
+            "weights": np.ones(len(indices), np.float32),
         }
+        for place, (image, label) in enumerate(self.split.photos(indices, bad)):
+            normalised(for_evaluation(image, self.size), batch["images"][place])
+            batch["labels"][place] = label
         return with_bad(batch, bad)
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
@@ -131,6 +148,17 @@ class HeldOutPhotos:
 def key_of(seed: int, position: int) -> tuple[int, int]:
     digest = hashlib.sha256(f"podwright images {seed} {position}".encode()).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+
+
+def far_moves(config: ImageData) -> list[str]:
+    """A sentence, where RandAugment leaves little of an image: its magnitudes are for the sizes that they were published with."""
+    pixels = round(10 * config.randaugment_magnitude)
+    if not config.randaugment_layers or 2 * pixels <= config.image_size:
+        return []
+    return [
+        f"{config.show('randaugment_magnitude')} moves images by {pixels} pixels, more than half of "
+        f"{config.show('image_size')}: little of them is left to see"
+    ]
 
 
 def open_photos(config: ImageData) -> Dataset:
@@ -173,6 +201,7 @@ def open_photos(config: ImageData) -> Dataset:
             f"{config.source}: {len(train):,} training and {len(rest):,} held-out images of {source.classes:,} classes, "
             f"{config.image_size} by {config.image_size} ({len(train) / config.batch_size:,.1f} steps of {config.batch_size} "
             f"an epoch)",
+            *far_moves(config),
         ),
         skipped=[],
         shuffled=False,

@@ -4,18 +4,23 @@ import json
 import os
 import pathlib
 import resource
+import statistics
 import time
 from typing import Any
+
+import numpy as np
 
 from configs.overrides import resolve
 from configs.schema import Config, ConfigError
 from data import open_data
+from data.bad_records import BadRecord
 
 USAGE = """\
 podwright data bench NAME [--seconds 10] [--plan FILE] [--section.field VALUE ...]
 runs the input of a config alone. FILE is what `podwright plan --json` wrote: its step time says how many chips a host's
 cores feed; without it chips are taken to run at their peak, faster than any does."""
 WARM_UP = 2  # batches
+DECODED = 300  # examples whose images are decoded and nothing else
 
 
 def main(argv: list[str]) -> int:
@@ -56,12 +61,28 @@ def measure(config: Config, seconds: float) -> dict[str, float]:
     wall, spent = time.perf_counter() - began, processor() - used
     batches.close()
     return {
+        **({"decode": seconds_to_decode(data.train)} if data.manifest.get("images") else {}),
         "rows": count * config.data.batch_size,
         "wall": wall,
         "processor": spent,
         "bytes": sum(rows.nbytes for rows in batch.values()),
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
+
+
+def seconds_to_decode(train: Any) -> float:
+    """Of processor time, of the one or two images of an example: what no input of them can do without."""
+    from data.image_decoding import decoded
+
+    took = []
+    for position in range(DECODED):
+        contents = list(train.split.encoded(train.wanted(np.array([position]))))
+        began = time.process_time()
+        for content in contents:
+            if not isinstance(content, BadRecord):
+                decoded(content[0])
+        took.append(time.process_time() - began)
+    return statistics.mean(took)
 
 
 def processor() -> float:
@@ -80,6 +101,12 @@ def report(config: Config, found: dict[str, float], plan: dict[str, Any] | None)
         f"a core      {a_core:,.0f} {unit} a second of processor time ({found['processor'] / found['wall']:.2f} cores busy)",
         f"memory      {found['memory']:.2f} GiB at most",
     ]
+    if "decode" in found:
+        share = found["decode"] / (found["processor"] / units)
+        lines.append(
+            f"decoding    alone gives {1 / found['decode']:,.0f} images a second of processor time: the input reaches "
+            f"{share:.0%} of that"
+        )
     if plan:
         need = config.data.batch_size * tokens / plan["seconds"] / plan["chips"]
         return [

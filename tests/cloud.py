@@ -41,9 +41,10 @@ class Cloud:
         }
 
     def upload(self, folder: pathlib.Path, name: str) -> str:
-        """Every file of a folder; returns its address."""
-        for file in folder.iterdir():
-            query = urllib.parse.urlencode({"uploadType": "media", "name": f"{name}/{file.name}"})
+        """Every file of a folder and of those in it; returns its address."""
+        for file in filter(pathlib.Path.is_file, folder.rglob("*")):
+            place = f"{name}/{file.relative_to(folder)}"
+            query = urllib.parse.urlencode({"uploadType": "media", "name": place})
             request = urllib.request.Request(
                 f"{self.address}/upload/storage/v1/b/{BUCKET}/o?{query}", file.read_bytes()
             )

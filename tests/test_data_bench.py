@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from configs.overrides import resolve
 from configs.schema import ConfigError
@@ -38,6 +39,25 @@ def test_the_input_of_a_config_is_run():
     assert found["rows"] >= 64
     assert found["wall"] >= 0.3
     assert found["bytes"] == 64 * (16 * 16 * 4 + 4 + 4)
+
+
+def test_images_are_compared_with_decoding_alone():
+    config = resolve("nfnet-tiny", []).config
+    lines = report(config, {**FOUND, "decode": 0.003}, None)
+    # 1,000 images in 4 seconds are 4 ms each, of which decoding takes 3.
+    assert "decoding    alone gives 333 images a second of processor time: the input reaches 75% of that" in lines
+
+
+def test_decoding_is_measured_on_the_images_of_a_folder(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (400, 300), (i, 0, 0)).save(tmp_path / name / f"{i}.jpg")
+    words = ["--data.source", str(tmp_path), "--data.channels", "3", "--model.channels", "3", "--data.batch_size", "4"]
+    once = measure(resolve("nfnet-tiny", words).config, 0.2)["decode"]
+    twice = measure(resolve("nfnet-tiny", [*words, "--data.mixup_alpha", "0.2"]).config, 0.2)["decode"]
+    assert 1e-5 < once < 0.1
+    assert 1.3 < twice / once < 3  # a mixed image is two
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import sys
 import pytest
 from cloud import cloud
 from runs import ROOT, finish, train_command
+from test_photos import CLASSES, encoded, picture, records
 
-from configs.schema import PreparedData
+from configs.schema import ImageData, PreparedData
 from data import open_data
 from data.prepare.pipeline import Settings, prepare
 
@@ -128,6 +129,93 @@ def test_what_cannot_be_opened_is_one_sentence(source, fault, sentence, storage,
     storage.proxy.fault = lambda line: fault
     words = ["data", "inspect", source]
     code, _, err = finish([sys.executable, "-m", "launch", *words], env=storage.environment)
+    assert code == 3
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+IMAGES = dict(channels=3, image_size=16, batch_size=6, augment="crop", mixup_alpha=0.2, held_out=0.3)
+READ_IMAGES = f"""
+import hashlib, sys
+from configs.schema import ImageData
+from data import open_data
+data = open_data(ImageData(source=sys.argv[1], **{IMAGES}))
+found = hashlib.sha256(data.manifest["hash"].encode())
+batches = data.train_batches(0)
+for batch in [*(next(batches) for _ in range({STEPS})), *data.held_out_batches(1)]:
+    for name, rows in sorted(batch.items()):
+        found.update(rows.tobytes())
+print(found.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def images(storage, tmp_path_factory):
+    """Twelve of each class, in folders and in three files of records; here and there."""
+    root = tmp_path_factory.mktemp("pictures")
+    for label, name in enumerate(CLASSES):
+        (root / "folders" / name).mkdir(parents=True)
+        for i in range(12):
+            (root / "folders" / name / f"{i:02}.jpg").write_bytes(encoded(picture(20 * label + i)))
+    records(root / "folders", root / "records")
+    for kind in ("folders", "records"):
+        storage.upload(root / kind, f"pictures/{kind}")
+    return root
+
+
+def read_images(storage, source):
+    environment = {**os.environ, **storage.environment, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", READ_IMAGES, source]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def local_images(source):
+    data = open_data(ImageData(source=str(source), **IMAGES))
+    found = hashlib.sha256(data.manifest["hash"].encode())
+    for batch in [*map(data.train_batch, range(STEPS)), *data.held_out_batches(1)]:
+        for _, rows in sorted(batch.items()):
+            found.update(rows.tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("folders", 429),
+        ("folders", 503),
+        ("folders", "cut"),
+        ("folders", "reset"),
+        ("records", 503),
+        ("records", "cut"),
+    ],
+)
+def test_images_are_those_of_a_local_copy_whatever_goes_wrong(kind, fault, images, storage):
+    """The first request of every kind fails once: the list, the labels, ends of records, an image; and some more."""
+    tried = set()
+
+    def once(line):
+        if line in tried or len(tried) >= 5:
+            return None
+        tried.add(line)
+        return fault
+
+    storage.proxy.fault = once
+    done = read_images(storage, f"gs://bucket/pictures/{kind}")
+    assert done.stdout.strip() == local_images(images / kind), done.stderr
+    assert len(storage.proxy.injected) == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "fault", "sentence"),
+    [
+        ("gs://bucket/nothing", None, "gs://bucket/nothing is neither a folder of images nor of ArrayRecord files"),
+        ("gs://bucket/pictures/folders", 403, "gs://bucket/pictures/folders cannot be read: "),
+    ],
+)
+def test_images_that_cannot_be_opened_are_one_sentence(source, fault, sentence, images, storage, tmp_path):
+    storage.proxy.fault = lambda line: fault
+    words = ["nfnet-tiny", "--data.source", source, "--data.channels", "3", "--model.channels", "3"]
+    code, _, err = finish([sys.executable, "-m", "launch", "data", "bench", *words], env=storage.environment)
     assert code == 3
     assert sentence in err
     assert "Traceback" not in err

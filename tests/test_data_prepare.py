@@ -434,6 +434,7 @@ def test_inspect_shows_lengths_and_documents(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
+        (["prepare", "gs://bucket/x", "--to", "x"], 3, "gs://bucket/x is not on this machine: copy it here first"),
         (["prepare", "/nowhere", "--to", "x"], 3, "/nowhere is neither a file nor a folder"),
         (["prepare", "stdlib"], 2, "required: --to"),
         (["prepare", "stdlib", "--to", "gs://bucket/x"], 2, "--to gs://bucket/x is not a folder of this machine"),

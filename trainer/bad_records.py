@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.bad_records import taken_from
+from data.bad_records import records_in, taken_from
 from data.dataset import DataError
 
 FEWEST = 1000  # records that are read before the share of bad ones says anything
@@ -26,7 +26,7 @@ class BadRecords:
     def take(self, step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch without that field. Raises DataError above `limit`, the share of all records read so far."""
         found = taken_from(batch)
-        self.read += len(next(iter(batch.values())))
+        self.read += records_in(batch) + len(found)
         for record in found:
             line = json.dumps({"step": step, "source": record.source, "place": record.place, "reason": record.reason})
             if self.file is None:

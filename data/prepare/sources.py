@@ -50,6 +50,10 @@ def open_source(name: str, pattern: str, text_field: str) -> Source:
         found = matching_files(folder, wanted, STDLIB_WITHOUT if stdlib else frozenset(), skipped)
         if not pattern and not stdlib:
             found = without_notes(found)
+    elif "://" in name:
+        raise DataError(
+            f"{name} is not on this machine: copy it here first (`gcloud storage cp -r`), then prepare the copy"
+        )
     else:
         raise DataError(f"{name} is neither a file nor a folder: give what holds the texts, or 'stdlib'")
     files = [one for one in found if usable(folder / one, one, skipped)]
