@@ -28,7 +28,7 @@ EXIT_CODES = {
 CONTINUING = {  # what comes before the command that continues, where something has to be done first
     "DataError": "once the data is put right, continue with",
     "StorageError": "once that is put right, continue with",
-    "NumericsError": "the newest checkpoint is from before, try again with",
+    "NumericsError": "the same steps would end the same way; without that batch, continue with",
 }
 
 
@@ -61,8 +61,10 @@ def train(argv: list[str]) -> int:
     except Exception as end:
         with contextlib.suppress(StorageError):  # whose own end this may be
             if phase.step and SavedSteps(folder_of(run) / "checkpoints").steps():
+                numerics, policy = type(end).__name__ == "NumericsError", resolved.config.guard.policy
                 first = CONTINUING.get(type(end).__name__, "continue with")
-                end.add_note(f"{first}: {again}")
+                if not numerics or policy == "abort":  # the other policies have done what they may
+                    end.add_note(f"{first}: {again}" + " --guard.policy rollback" * numerics)
         raise
     return 0
 
