@@ -102,6 +102,7 @@ def test_another_mesh_is_verified_to_rounding(stopped, tmp_path):
     ), line
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_log_that_ends_with_the_save_is_no_proof(stopped, tmp_path):
     file = stopped[0] / "metrics.jsonl"

@@ -67,6 +67,7 @@ def test_a_run_on_gs_with_a_store_that_fails_one_time_in_ten_is_the_local_run(tm
     assert all(got[step]["loss"] == expected[step]["loss"] for step in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_store_that_is_lost_ends_the_run_with_its_cause(tmp_path):
     with cloud() as store:
@@ -86,6 +87,7 @@ def test_a_store_that_is_lost_ends_the_run_with_its_cause(tmp_path):
     assert "Traceback" not in err.split("podwright: gs://")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_who_started_last_owns_a_run_on_gs(tmp_path):
     with cloud() as store:

@@ -99,6 +99,7 @@ def test_a_rollback_gives_the_run_that_never_saw_the_batch(tmp_path, without_13)
     assert_same(run, without_13)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_killed_after_its_rollback_still_leaves_the_batch_out(tmp_path, without_13):
     run = tmp_path / "run"
@@ -174,6 +175,7 @@ def test_skips_in_a_row_without_end_end_the_run(tmp_path):
         guard.accepts(6, {"loss": math.nan, "bad": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_spike_takes_along_the_batches_before_it_and_what_learned_from_them(tmp_path):
     """Batches 14 to 17 are left out: checkpoint 15 has learned from two of them, 10 from none."""

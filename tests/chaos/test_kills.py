@@ -111,7 +111,7 @@ def assert_same(whole: pathlib.Path, killed: pathlib.Path, steps: int) -> None:
 @pytest.mark.parametrize(
     ("processes", "kills", "steps"),
     [
-        pytest.param(1, 8, 60, id="alone"),
+        pytest.param(1, 5, 40, id="alone"),
         pytest.param(1, 110, 900, id="alone for long", marks=pytest.mark.slow),
         pytest.param(2, 110, 900, id="two processes for long", marks=pytest.mark.slow),
     ],
