@@ -1,7 +1,7 @@
 """Ends a run that is stuck, and says in what, who is missing and where it hangs.
 
 A host's phase is stuck when it lasts longer than its limit in the config's section `watchdog`; another host is lost when it
-gives no sign of life. Hosts tell each other their phases once a second through jax's coordination service.
+gives no sign of life. Hosts tell each other their phases once a second (of 512: every 8) through jax's coordination service.
 """
 
 import itertools
@@ -26,6 +26,7 @@ from trainer.storage import entries
 
 HANG, ANOTHER_HOST = 124, 76  # exit codes
 TICK = 1.0  # seconds between looks
+HOSTS_A_SECOND = 64  # that host 0 answers: each asks for what all have said
 COUNTED = 3.0  # of the time since the last look: more means that this process itself was stopped
 MEDIANS = 20.0
 FIRST, FIRST_LONGER = 10, 10.0  # as many first steps may take as many times longer
@@ -62,7 +63,7 @@ class Watchdog:
         self.others: dict[int, Host] = {}
         self.stacks: dict[int, str] = {}
         self.alarms: dict[int, str] = {}  # by the host that rang
-        self.count, self.index = 1, 0
+        self.count, self.index, self.tick = 1, 0, TICK
         self._said: dict[str, str] = {}  # of each topic, to be published
         self._stuck = 0.0  # seconds in this phase, less those for which this process was stopped
         self._unheard = 0.0  # seconds since the coordinator answered
@@ -160,8 +161,9 @@ class Watchdog:
         if self.count == 1:
             return
         heard: dict[int, str] = {}
+        self.tick = max(TICK, self.count / HOSTS_A_SECOND)
         for number in itertools.count():
-            ending = self._ending.wait(TICK)
+            ending = self._ending.wait(self.tick)
             beat = self._last_beat if ending else self._beat() | {"number": number}
             try:
                 for topic, text in [*self._said.items(), ("beat", json.dumps(beat))]:
@@ -185,7 +187,7 @@ class Watchdog:
             if trouble.partition(": ")[2] not in self.alarms.values():  # else we answer one
                 self._said["alarm"] = trouble
             deadline = time.monotonic() + FOR_STACKS
-            answering = [i for i in missing if self.others[i].quiet < COUNTED]
+            answering = [i for i in missing if self.others[i].quiet < COUNTED + self.tick]
             while time.monotonic() < deadline and not all(i in self.stacks for i in answering):
                 time.sleep(0.1)
         lines = [f"podwright: watchdog: {trouble}", f"  this host    {self._where(self._beat())}"]
@@ -194,7 +196,7 @@ class Watchdog:
             lines.append(f"  arrived      {f'{len(arrived)} hosts' if len(arrived) > LISTED else listed(arrived)}")
             for index in missing[:LISTED]:
                 host = self.others[index]
-                quiet = f", no sign of life since {host.quiet:.0f} s" if host.quiet > COUNTED else ""
+                quiet = f", no sign of life since {host.quiet:.0f} s" if host.quiet > COUNTED + self.tick else ""
                 lines.append(f"  not arrived  host {index}: {self._where(host.beat)}{quiet}")
             unknown = [i for i in range(self.count) if i != self.index and i not in self.others]
             if unknown:
