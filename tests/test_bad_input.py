@@ -234,16 +234,39 @@ def test_a_damaged_config_is_named(trained, tmp_path, capsys, damage):
     assert (tmp_path / "run" / "config.json").read_text() == broken
 
 
-def test_a_damaged_checkpoint_is_named_and_kept(trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    for file in (tmp_path / "run" / "checkpoints" / "8" / "state").rglob("*"):
+def cut_short(run: pathlib.Path, step: int) -> None:
+    for file in (run / "checkpoints" / str(step) / "state").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])
-    before = contents(tmp_path / "run" / "checkpoints")
-    arguments = train_command(NAME, tmp_path / "run", *options(trained), "--trainer.steps", "10")[3:]
+
+
+def test_damaged_checkpoints_are_named_and_kept(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    cut_short(run, 8)
+    cut_short(run, 4)
+    before = contents(run / "checkpoints")
+    arguments = train_command(NAME, run, *options(trained), "--trainer.steps", "10")[3:]
     said = refused(capsys, [*arguments, "--allow", "trainer.steps"], code=4)
-    assert f"{tmp_path / 'run' / 'checkpoints'} could not be restored from step 8" in said
-    assert contents(tmp_path / "run" / "checkpoints") == before
+    assert said.startswith(
+        f"none of the 2 checkpoints of {run / 'checkpoints'} can be used: podwright checkpoint doctor"
+    )
+    assert contents(run / "checkpoints") == before
+
+
+@pytest.mark.multiprocess
+def test_where_only_the_newest_is_damaged_the_one_before_it_goes_on(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    cut_short(run, 8)
+    damaged = contents(run / "checkpoints" / "8")
+    code, out, err = finish(
+        train_command(NAME, run, *options(trained), "--trainer.steps", "10", "--allow", "trainer.steps")
+    )
+    assert code == 0, err
+    assert f"damaged: {run / 'checkpoints' / '8'} could not be read" in out
+    assert "resumed from step 4" in out
+    assert contents(run / "checkpoints" / "set-aside" / "8") == damaged
 
 
 def test_what_is_no_run_cannot_be_sampled_or_evaluated(trained, tmp_path, capsys):
