@@ -1,14 +1,15 @@
 """`podwright goodput RUN`: how much of a run was training, and what the rest went to."""
 
-import pathlib
 from typing import Any
+
+from etils import epath
 
 from configs.schema import ConfigError
 from launch.studies.study import new_figure
 from sharding.topologies import CHIPS, PRICES_OF
 from trainer.ledger import FILE, Goodput, goodput, read_rows
 from trainer.phases import CAUSES, STEP
-from trainer.storage import StorageError, reason
+from trainer.storage import StorageError, folder_of, reason
 
 USAGE = """\
 podwright goodput RUN
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         print(USAGE)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    run = pathlib.Path(argv[0]).expanduser()
+    run = folder_of(argv[0])
     rows = list(read_rows(run))
     if not rows:
         raise StorageError(f"{run} has no ledger of its time: there is no {run / FILE}")
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
     try:
         figure = new_figure()
         draw(rows, figure)
-        figure.savefig(run / PLOT, metadata={"Date": None})
+        with (run / PLOT).open("wb") as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
         print(f"\nplot {run / PLOT}")
     except ConfigError as missing:
         print(f"\nno plot: {missing}")
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def table(run: pathlib.Path, spent: Goodput) -> list[str]:
+def table(run: epath.Path, spent: Goodput) -> list[str]:
     """The answer, then a line a cause, most seconds first."""
     wall, price = spent.end - spent.start, price_of(spent.device_kind)
     dollars = price * spent.devices / 3600 if price else None  # a second of all

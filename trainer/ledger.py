@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from etils import epath
 
 from trainer.phases import IDLE, INIT, Phases
 from trainer.storage import StorageError, reason
@@ -97,10 +98,10 @@ class Ledger:
             os.close(self._file)
 
 
-def read_rows(folder: pathlib.Path) -> Iterator[dict]:
+def read_rows(folder: epath.Path | pathlib.Path) -> Iterator[dict]:
     """The rows of a run, none if it has no ledger; half a row, which a kill can leave, is skipped."""
     if (folder / FILE).exists():
-        with open(folder / FILE) as lines:
+        with (folder / FILE).open() as lines:
             for line in lines:
                 with contextlib.suppress(json.JSONDecodeError):
                     yield json.loads(line)
