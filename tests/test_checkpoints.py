@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.schema import CheckpointConfig, MeshConfig
 from launch.cli import main
-from models.convert.tensors import Tensor, in_memory
+from models.convert.tensors import in_memory
 from sharding.mesh import make_mesh
 from trainer.checkpoint import Checkpoints, to_drop
-from trainer.checksums import checksum_of, fingerprint_of, fingerprints
+from trainer.checksums import fingerprint_of, of_part, on_devices, on_host
 from trainer.saved import MANIFEST, MARKER, SavedSteps
 from trainer.storage import StorageError
 
@@ -44,11 +44,9 @@ def by_hand(array: np.ndarray) -> int:
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: str(array.dtype))
 def test_a_checksum_is_the_same_on_devices_on_the_host_and_by_hand(array):
     expected = by_hand(np.asarray(array))
-    assert fingerprints({"a": jnp.asarray(array)})["a"].checksum == expected
-    assert checksum_of(np.asarray(array)) == expected
-    whole = in_memory(np.asarray(array))
-    rows = Tensor(whole.shape, whole.dtype, whole.read)
-    assert fingerprint_of(rows).checksum == expected
+    assert on_devices({"a": jnp.asarray(array)})["a"].checksum == expected
+    assert on_host({"a": jnp.asarray(array)})["a"].checksum == expected
+    assert fingerprint_of(in_memory(np.asarray(array))).checksum == expected
 
 
 @pytest.mark.parametrize("spec", [(), ("data",), ("fsdp", "data"), (None, "tensor"), (("data", "fsdp"), "tensor")])
@@ -57,7 +55,12 @@ def test_a_checksum_does_not_depend_on_how_an_array_is_divided(spec):
     array = np.random.default_rng(2).normal(size=(8, 4, 3)).astype(np.float32)
     with jax.set_mesh(mesh):
         divided = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-        assert fingerprints({"a": divided})["a"].checksum == by_hand(array)
+        assert on_devices({"a": divided})["a"].checksum == by_hand(array)
+        assert on_host({"a": divided})["a"].checksum == by_hand(array)
+
+
+def checksum_of(array: np.ndarray) -> int:
+    return of_part(array, (0,), array.shape).checksum
 
 
 @settings(max_examples=60, deadline=None)

@@ -86,11 +86,15 @@ def test_four_processes_then_two_then_three_then_one_train_as_one_does(tmp_path)
 
 
 MEASURE = """
-import resource, sys
+import pathlib, re, sys
 import jax, jax.numpy as jnp
 from configs.schema import CheckpointConfig
 from trainer.checkpoint import Checkpoints
+import trainer.saved
 from trainer.saved import SavedSteps
+
+def memory(name):
+    return int(re.search(rf"{name}:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])  # KiB
 
 folder, act, mib = sys.argv[1], sys.argv[2], int(sys.argv[3])
 leaf = jax.ShapeDtypeStruct((mib // 8, 2**18), jnp.float32)
@@ -101,19 +105,22 @@ if act == "save":
     checkpoints.save(1, state, {})
     checkpoints.finish()
 else:
+    trainer.saved.RESTORE_GIB = float(sys.argv[4])
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1024
+    before = memory("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on, not from who started this
     state, _ = SavedSteps(folder).restore(1, abstract)
     jax.block_until_ready(state)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 / mib)
+    print((memory("VmHWM") - before) / 2**10 / mib)
 """
 
 
 @pytest.mark.multiprocess
 def test_restoring_holds_the_state_once_and_little_more(tmp_path):
-    """Of 256 MiB: on a CPU the devices' memory is the host's, so all of it is once in what is measured."""
+    """Of 256 MiB, with 64 MiB allowed on the way: on a CPU the devices' memory is the host's, so all of it is in what is
+    measured once."""
     for act in ("save", "restore"):
-        code, out, err = finish([sys.executable, "-c", MEASURE, str(tmp_path), act, "256"])
+        code, out, err = finish([sys.executable, "-c", MEASURE, str(tmp_path), act, "256", str(1 / 16)])
         assert code == 0, err
-    assert 1.0 <= float(out) < 1.5
+    assert 1.0 <= float(out) < 1.6

@@ -5,11 +5,13 @@ checkpoints/STEP/meta    the manifest (JSON)    checkpoints/set-aside/STEP      
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -63,7 +65,7 @@ class SavedSteps:
         except ValueError as error:
             raise DamagedError(f"{file} is not JSON: {reason(error)}") from error
         except Exception as error:
-            raise StorageError(f"{file} cannot be read: {reason(error)}") from error
+            raise StorageError(f"step {step} of {self.folder} cannot be read: {reason(error)}") from error
         if not isinstance(found, dict) or found.get("step") != step:
             raise DamagedError(f"{file} is not the manifest of step {step}")
         return found
@@ -93,7 +95,8 @@ class SavedSteps:
                 active_processes={jax.process_index()},
                 barrier_sync_key_prefix=f"host-{jax.process_index()}",
             )
-            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, restore_concurrent_gb=RESTORE_GIB)
+            held = max(RESTORE_GIB * 2**30, *map(shard_bytes, jax.tree.leaves(tree)))  # one shard at a time at least
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, restore_concurrent_gb=held / 1e9)
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
                 how = ocp.checkpoint_utils.construct_restore_args(tree)
                 args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=partial)
@@ -115,7 +118,7 @@ class SavedSteps:
         except Exception as error:
             failure = error
         damaged = failure is not None and not NOT_DAMAGE.search(everything_said(failure))
-        told = hosts.numbers(0 if failure is None else 1 if damaged else 2)
+        told = hosts.gathered(np.array(0 if failure is None else 1 if damaged else 2))
         if failure is None and not told.any():
             return result
         where = self.folder / str(step)
@@ -126,6 +129,11 @@ class SavedSteps:
             raise failure
         kind = DamagedError if told.max() == 1 else StorageError
         raise kind(f"{where} could not be read: {reason(failure)}") from failure
+
+
+def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Of what one device holds of an array."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def array_entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
