@@ -50,7 +50,12 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self.retention, enable_async_checkpointing=True, save_root_metadata=False
             )
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            # Trained numbers hardly compress, and compressing them takes longer than writing them.
+            handlers = {
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "meta": ocp.JsonCheckpointHandler(),
+            }
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> float:
         """Start saving; returns the seconds for which the caller was held up (copying from the devices, and the save before).
@@ -75,7 +80,7 @@ class Checkpoints:
             if step in self.manager.all_steps():
                 hosts.meet()
                 self.manager.reload()
-            items = ocp.args.Composite(state=ocp.args.StandardSave(to_tree(state)), meta=ocp.args.JsonSave(manifest))
+            items = ocp.args.Composite(state=ocp.args.PyTreeSave(to_tree(state)), meta=ocp.args.JsonSave(manifest))
             if not self.manager.save(step, args=items, force=True):
                 raise StorageError(f"{self.folder / str(step)} was not saved: orbax gives no reason")
         return time.perf_counter() - start
