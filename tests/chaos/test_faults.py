@@ -108,9 +108,9 @@ from launch.cli import main
 real, calls = time.time, [0]
 
 def jumping():
-    # Forward by a day, back by two, and so on.
+    # Forward by ten minutes, back by twenty, and so on. (Orbax takes more than twenty for a save that hangs.)
     calls[0] += 1
-    return real() + 86400 * ((calls[0] // 40) % 3 - 1)
+    return real() + 600 * ((calls[0] // 40) % 3 - 1)
 
 time.time = jumping
 sys.exit(main(sys.argv[1:]))
