@@ -134,6 +134,7 @@ def test_a_long_compilation_is_no_hang(tmp_path):
     assert "podwright: watchdog: stuck in compile, which may take 2 s" in err
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_stopped_host_is_named_and_the_other_ends(tmp_path):
     run = tmp_path / "run"
