@@ -7,7 +7,10 @@ import pytest
 from cloud import cloud
 from runs import finish, signal_at, start, train_command
 
-from trainer.run_folder import read_metrics
+from configs.overrides import resolve
+from configs.schema import ConfigError
+from trainer.run_folder import RunFolder, read_metrics
+from trainer.storage import StorageError
 
 OPTIONS = [
     "--trainer.steps",
@@ -67,6 +70,33 @@ def test_a_run_on_gs_is_the_local_run_and_goes_on_elsewhere(tmp_path, share, eve
     written = [file.read_bytes() for file in mirror.rglob("*") if file.is_file()]
     written += [text.encode() for text in (out, err, again)]
     assert not [content for content in written if secret.encode() in content]
+
+
+def test_a_folder_of_something_else_is_refused_untouched_and_a_refused_start_takes_nothing_over(tmp_path, monkeypatch):
+    """In this process: nothing is trained."""
+    with cloud() as store:
+        for name, value in (store.environment | {"HOME": str(tmp_path)}).items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "papers").mkdir()
+        (tmp_path / "papers" / "thesis.tex").write_text("precious")
+        store.upload(tmp_path / "papers", "papers")
+        config = resolve("griffin-tiny").config
+        with pytest.raises(
+            StorageError, match=r"gs://bucket/papers is not a podwright run \(no config\.json\) and holds thesis"
+        ):
+            RunFolder("gs://bucket/papers", config)
+        folder = RunFolder("gs://bucket/run", config)
+        folder.push(wait=True)
+        (tmp_path / "other").mkdir()
+        monkeypatch.setenv("HOME", str(tmp_path / "other"))  # another machine, another width
+        (folder.path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
+        folder.push(wait=True)
+        with pytest.raises(ConfigError, match="was started with another config"):
+            RunFolder("gs://bucket/run", resolve("griffin-tiny", ["--model.width", "32"]).config)
+        folder.push(wait=True)  # still its owner
+        RunFolder("gs://bucket/run", config)
+        with pytest.raises(StorageError, match="another process has taken over"):
+            folder.push(wait=True)
 
 
 @pytest.mark.slow

@@ -11,16 +11,16 @@ import uuid
 
 from etils import epath
 
-from trainer.storage import StorageError, entries, reason
+from trainer.storage import StorageError, entries, few, reason
 
 OWNER = "owner.json"  # whose run this is now: the newest process to start, as a preempted one can't give it back
 HERE = ("lock", "checkpoints")  # what is not copied
 
 
 class Mirror:
-    """A folder of this machine for a run at `address`, with what is already there. Raises StorageError."""
+    """A folder of this machine for a run at `address`."""
 
-    def __init__(self, address: str, owner: bool) -> None:
+    def __init__(self, address: str) -> None:
         self.address = epath.Path(address)
         name = f"{self.address.name}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
         self.path = pathlib.Path("~/.cache/podwright/runs").expanduser() / name
@@ -28,20 +28,24 @@ class Mirror:
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._copying: concurrent.futures.Future | None = None
-        if owner:
-            try:
-                self._fetch()
-                (self.address / OWNER).write_text(json.dumps({"process": self.identity}))
-            except Exception as error:
-                raise StorageError(f"{address} cannot be used: {reason(error)}") from error
 
-    def _fetch(self) -> None:
-        """What is there counts, unless what is here goes on from it: this machine's own run, that was killed between copies."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        there = {}
-        for entry in entries(self.address):
-            if entry.name not in (*HERE, OWNER) and not entry.is_dir():
-                there[entry.name] = entry.read_bytes()
+    def fetch(self) -> None:
+        """Bring here what is there, once the folder here is locked. What is there counts, unless what is here goes on from it:
+        this machine's own run, that was killed between copies. Raises StorageError, also for a folder of something else."""
+        try:
+            found = {entry.name: entry for entry in entries(self.address) if entry.name != OWNER}
+            if found and "config.json" not in found:
+                raise StorageError(
+                    f"{self.address} is not a podwright run (no config.json) and holds {few(sorted(found))}: give an empty or "
+                    f"a new folder"
+                )
+            there = {
+                name: entry.read_bytes() for name, entry in found.items() if name not in HERE and not entry.is_dir()
+            }
+        except StorageError:
+            raise
+        except Exception as error:
+            raise StorageError(f"{self.address} cannot be read: {reason(error)}") from error
         for file in self.path.iterdir():
             if file.is_file() and file.name not in there and file.name not in HERE:
                 file.unlink()
@@ -49,6 +53,13 @@ class Mirror:
             file = self.path / name
             if not (file.exists() and file.read_bytes().startswith(content)):
                 file.write_bytes(content)
+
+    def claim(self) -> None:
+        """Whoever owned the run before finds out when it next copies. Raises StorageError."""
+        try:
+            (self.address / OWNER).write_text(json.dumps({"process": self.identity}))
+        except Exception as error:
+            raise StorageError(f"{self.address} cannot be written: {reason(error)}") from error
 
     def push(self, wait: bool = False) -> None:
         """Copy what changed, in the background; the failure of an earlier copy is raised here. Raises StorageError."""

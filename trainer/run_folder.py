@@ -35,7 +35,7 @@ class RunFolder:
     def __init__(self, path: str | pathlib.Path, config: Config, allow: Iterable[str] = (), owner: bool = True):
         if "://" in str(path) and not str(path).startswith("gs://"):
             raise ConfigError(f"--run {path} is neither a folder of this machine nor one of gs://")
-        self.mirror = Mirror(str(path), owner) if "://" in str(path) else None
+        self.mirror = Mirror(str(path)) if "://" in str(path) else None
         self.path = self.mirror.path if self.mirror else pathlib.Path(path).expanduser()
         self.address = self.mirror.address if self.mirror else self.path
         self.checkpoints = epath.Path(self.address) / "checkpoints"
@@ -48,11 +48,15 @@ class RunFolder:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"--run {self.path} is a file: give a folder")
-            if self.path.is_dir() and not self.config_file.exists():
+            if not self.mirror and self.path.is_dir() and not self.config_file.exists():
                 self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
+            if self.mirror:
+                self.mirror.fetch()
             self._match(config, frozenset(allow))
+            if self.mirror:
+                self.mirror.claim()
         except OSError as error:
             raise StorageError(f"run folder {self.path} cannot be written: {reason(error)}") from error
 
