@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from configs.schema import Config, ConfigError
 from data import open_data
+from data.left_out import batch_number
 from sharding import hosts
 from sharding.flags import compiled, compiler_options
 from sharding.mesh import make_mesh, simulate_devices
@@ -29,7 +30,7 @@ from trainer.ledger import Ledger
 from trainer.metrics import Reporter
 from trainer.offload import check_host_memory
 from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
-from trainer.preflight import check_data, check_hosts, check_program
+from trainer.preflight import check_data, check_hosts, check_program, code_hash
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.replay import batch_of
@@ -179,7 +180,8 @@ def train_in_phases(
             return metrics
 
         def save(state: State, step: int, batch: dict[str, np.ndarray]) -> None:
-            meta = {"config": folder.config_hash, "data_hash": data.manifest["hash"], **taught}
+            meta = {"config": folder.config_hash, "data_hash": data.manifest["hash"], "code": code_hash(), **taught}
+            meta["next_batch"] = batch_number(step, data.left_out) + 1
             meta["certificate"] = certificate.noted(state.step, place(batch))
             blocked = checkpoints.save(step, saved_part(state), meta)
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})

@@ -1,5 +1,6 @@
 """Before anything is compiled: do all hosts run the same? One that doesn't would hang all of them without a word."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -105,6 +106,12 @@ def installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of all our source files together."""
+    return hashlib.sha256(json.dumps(code()).encode()).hexdigest()[:16]
 
 
 def code() -> dict[str, str]:
