@@ -8,8 +8,9 @@ import sys
 
 import pytest
 from cloud import cloud
+from pictures import encoded, picture
 from runs import ROOT, finish, train_command
-from test_photos import CLASSES, encoded, picture, records
+from test_photos import CLASSES, records
 
 from configs.schema import ImageData, PreparedData
 from data import open_data

@@ -97,6 +97,8 @@ def test_a_rollback_gives_the_run_that_never_saw_the_batch(tmp_path, without_13)
     assert rollback["batches"] == [13, 13]
     assert rollback["values"]["loss"] is None
     assert_same(run, without_13)
+    manifest = json.loads((run / "checkpoints" / "20" / "meta" / "metadata").read_text())
+    assert manifest["next_batch"] == 22  # of 20 steps and one batch left out
 
 
 @pytest.mark.slow
