@@ -39,11 +39,12 @@ def main(argv: list[str]) -> int:
         draw(rows, figure)
         with (run / PLOT).open("wb") as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
-        print(f"\nplot {run / PLOT}")
+        said = f"plot {run / PLOT}"
     except ConfigError as missing:
-        print(f"\nno plot: {missing}")
+        said = f"no plot: {missing}"
     except OSError as error:
         raise StorageError(f"{run / PLOT} cannot be written: {reason(error)}") from None
+    print(f"\n{said}")
     return 0
 
 
