@@ -192,10 +192,22 @@ class ImageData(Section):
     cutmix: bool = setting(
         False, "CutMix, of every second image where there is MixUp, too", changes=(*_DATA, "recompile")
     )
+    multiplicity: int = setting(
+        1,
+        "times that each image of a batch is there, augmented anew; the batch has that many fewer images",
+        low=1,
+        changes=_DATA,
+    )
     workers: int = setting(0, "processes that read and augment images; 0 for two threads", low=0)
     max_bad: float = setting(0.01, "share of images that may be unusable; above it the run stops", low=0, high=1)
     batch_size: int = setting(64, "images a step, over all devices", low=1, changes=(*_DATA, "recompile"))
     held_out: float = setting(0.2, "share of images kept for evaluation", above=0, below=1, changes=_DATA)
+    loss: str = setting(
+        "softmax",
+        "cross-entropy of one distribution over the classes, or the sum of one yes or no a class",
+        choices=("softmax", "sigmoid"),
+        changes=_MATH,
+    )
     label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, below=1, changes=_MATH)
     seed: int = setting(0, "order of the images, and their augmentation", low=0, changes=_DATA)
 
@@ -216,11 +228,16 @@ class ImageData(Section):
                 "randaugment_layers",
                 "mixup_alpha",
                 "cutmix",
+                "multiplicity",
                 "workers",
             ):
                 default = next(f.default for f in dataclasses.fields(self) if f.name == name)
                 if getattr(self, name) != default:
                     raise ConfigError(f"{self.show(name)} is not for {self.show('source')}: {default!r} is allowed")
+        elif self.batch_size % self.multiplicity:
+            raise ConfigError(
+                f"{self.show('multiplicity')} does not divide {self.show('batch_size')}, which has every image so often"
+            )
         elif self.channels != 3:
             raise ConfigError(f"{self.show('channels')} does not fit {self.show('source')}: colour images have 3")
 

@@ -1,9 +1,10 @@
 """NFNet experiments. The first line of a docstring is what `podwright configs` prints.
 
-The published sizes train on whatever `data.source` names; by default that is the digits of nfnet-tiny, blown up and in
-three equal channels, which shows that a size runs and nothing more.
+Three recipes: ImageNet from scratch and transfer as in arXiv 2102.06171 (its released code, and A.5), and pretraining on a web
+collection as in arXiv 2310.16764. Their images are the user's: `data.source` and `data.held_out_source` say where.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from configs.schema import (
     CheckpointConfig,
     Config,
     EvalConfig,
+    FinetuneConfig,
     ImageData,
     MeshConfig,
     NFNetConfig,
@@ -24,74 +26,159 @@ def tiny() -> Config:
     return Config(name="nfnet-tiny", model=NFNetConfig(), data=ImageData(batch_size=64), optimizer=sgd(batch_size=64))
 
 
+def tiny_plus() -> Config:
+    """nfnet-tiny's wider twin, whose first stage has fewer channels inside its blocks than half, as in the + variants."""
+    model = NFNetConfig(stem_widths=(8, 16, 16, 48), widths=(96, 128, 160, 160), group_width=32, head_width=320)
+    return Config(name="nfnet-tinyplus", model=model, data=ImageData(batch_size=64), optimizer=sgd(batch_size=64))
+
+
 def sgd(batch_size: int, **rest) -> OptimizerConfig:
     """The recipe of arXiv 2102.06171, section 4.1: Nesterov momentum, learning rate 0.1 * batch / 256, and adaptive
     clipping, which takes the place of a clip by global norm."""
-    return OptimizerConfig(
-        name="sgd",
-        learning_rate=0.1 * batch_size / 256,
-        beta1=0.9,
-        weight_decay=2e-5,
-        clip_norm=0.0,
-        adaptive_clip=0.01,
-        **rest,
-    )
+    fields = dict(learning_rate=0.1 * batch_size / 256, weight_decay=2e-5, **rest)
+    return OptimizerConfig(name="sgd", beta1=0.9, clip_norm=0.0, adaptive_clip=0.01, **fields)
 
 
 @dataclass(frozen=True)
 class Size:
-    """One variant's depth is this many times (1, 2, 6, 3) blocks; sizes and dropout as in table 1 of arXiv 2102.06171."""
+    """One variant's depth is this many times (1, 2, 6, 3) blocks; the rest as in table 1 of arXiv 2102.06171."""
 
     times: int
     pixels: int  # of training images
+    eval_pixels: int
     dropout: float
+    magnitude: float  # of RandAugment
 
 
 SIZES = {
-    "f0": Size(1, 192, 0.2),
-    "f1": Size(2, 224, 0.3),
-    "f2": Size(3, 256, 0.4),
-    "f3": Size(4, 320, 0.4),
-    "f4": Size(5, 384, 0.5),
-    "f5": Size(6, 416, 0.5),
-    "f6": Size(7, 448, 0.5),
-    "f7": Size(8, 480, 0.5),
+    "f0": Size(1, 192, 256, 0.2, 5),
+    "f1": Size(2, 224, 320, 0.3, 10),
+    "f2": Size(3, 256, 352, 0.4, 10),
+    "f3": Size(4, 320, 416, 0.4, 15),
+    "f4": Size(5, 384, 512, 0.5, 15),
+    "f5": Size(6, 416, 544, 0.5, 15),
+    "f6": Size(7, 448, 576, 0.5, 15),
+    "f7": Size(8, 480, 608, 0.5, 15),
 }
+VARIANTS = tuple(f"{variant}{'plus' * plus}" for plus in (False, True) for variant in SIZES)
+WEB = ("f0", "f1", "f3", "f4", "f7", "f3plus", "f4plus", "f7plus")  # that either paper pretrained on JFT
 ROWS, EPOCHS, WARMUP_EPOCHS, IMAGENET = 4096, 360, 5, 1_281_167
+WEB_IMAGES, WEB_CLASSES = 4_000_000_000, 30_000
 
 
-def published(variant: str, plus: bool) -> Callable[[], Config]:
-    """The function of one variant, or of its wider twin: "+", of the released code."""
-    size, name = SIZES[variant], f"nfnet-{variant}{'+' if plus else ''}"
+def size_of(variant: str) -> Size:
+    return SIZES[variant.removesuffix("plus")]
+
+
+def model_of(variant: str, **rest) -> NFNetConfig:
+    widths, times = (
+        (384, 768, 2048, 2048) if variant.endswith("plus") else (256, 512, 1536, 1536),
+        size_of(variant).times,
+    )
+    return NFNetConfig(
+        channels=3,
+        stem_widths=(16, 32, 64, widths[0] // 2),
+        widths=widths,
+        depths=(times, 2 * times, 6 * times, 3 * times),
+        group_width=128,
+        head_width=2 * widths[-1],
+        **rest,
+    )
+
+
+def title(variant: str) -> str:
+    return f"NFNet-{variant.removesuffix('plus').upper()}{'+' * variant.endswith('plus')}"
+
+
+def on_a_pod(steps: int) -> dict:
+    """What all recipes have in common."""
+    return dict(
+        mesh=MeshConfig(data=1, fsdp=-1),
+        checkpoint=CheckpointConfig(every=500),
+        trainer=TrainerConfig(steps=steps, compute_dtype="bfloat16", remat="layer"),
+    )
+
+
+def imagenet(size: Size, **rest) -> ImageData:
+    return ImageData(
+        source="imagenet/train",
+        held_out_source="imagenet/validation",
+        channels=3,
+        image_size=size.pixels,
+        eval_size=size.eval_pixels,
+        augment="crop",
+        **rest,
+    )
+
+
+def from_scratch(variant: str) -> Callable[[], Config]:
+    size = size_of(variant)
 
     def experiment() -> Config:
-        widths = (384, 768, 2048, 2048) if plus else (256, 512, 1536, 1536)
-        model = NFNetConfig(
-            num_classes=1000,
-            channels=3,
-            stem_widths=(16, 32, 64, widths[0] // 2),
-            widths=widths,
-            depths=(size.times, 2 * size.times, 6 * size.times, 3 * size.times),
-            group_width=128,
-            head_width=2 * widths[-1],
-            dropout=size.dropout,
-            stochastic_depth=0.25,
-        )
+        mixed = dict(randaugment_layers=4, randaugment_magnitude=size.magnitude, mixup_alpha=0.2, cutmix=True)
         return Config(
-            name=name,
-            model=model,
-            data=ImageData(channels=3, image_size=size.pixels, batch_size=ROWS),
-            optimizer=sgd(ROWS, warmup_steps=IMAGENET * WARMUP_EPOCHS // ROWS, final_fraction=0.0),
-            mesh=MeshConfig(data=1, fsdp=-1),
-            checkpoint=CheckpointConfig(every=500),
-            trainer=TrainerConfig(steps=IMAGENET * EPOCHS // ROWS, compute_dtype="bfloat16", remat="layer"),
-            eval=EvalConfig(every=500, batches=16),
+            name=f"nfnet-{variant}",
+            model=model_of(variant, num_classes=1000, dropout=size.dropout, stochastic_depth=0.25),
+            data=imagenet(size, batch_size=ROWS, **mixed),
+            optimizer=sgd(ROWS, warmup_steps=IMAGENET * WARMUP_EPOCHS // ROWS, final_fraction=0.0, ema=0.99999),
+            eval=EvalConfig(every=2500, batches=0),
+            **on_a_pod(IMAGENET * EPOCHS // ROWS),
+        )
+
+    experiment.__doc__ = f"{title(variant)} on ImageNet from scratch, {EPOCHS} epochs: arXiv 2102.06171."
+    return experiment
+
+
+def pretraining(variant: str) -> Callable[[], Config]:
+    """The papers do not say how long the warm-up is, whether the loss is softmax's, nor whether anything is dropped: here it is
+    5,000 steps, it is, and nothing is. A run has one budget: `trainer.steps` moves the schedule's end with it."""
+
+    def experiment() -> Config:
+        return Config(
+            name=f"nfnet-{variant}-pretrain",
+            model=model_of(variant, num_classes=WEB_CLASSES),
+            data=ImageData(
+                source="web-images/train",
+                held_out_source="web-images/held-out",
+                channels=3,
+                image_size=224,
+                eval_size=256,
+                augment="crop",
+                batch_size=ROWS,
+            ),
+            optimizer=dataclasses.replace(sgd(ROWS, warmup_steps=5000, final_fraction=0.0), weight_decay=1e-6),
+            eval=EvalConfig(every=5000, batches=32),
+            **on_a_pod(WEB_IMAGES // ROWS),
+        )
+
+    experiment.__doc__ = f"{title(variant)} on 4 billion images of a web collection, one epoch: arXiv 2310.16764."
+    return experiment
+
+
+def transfer(variant: str) -> Callable[[], Config]:
+    """Update rule and rates of arXiv 2102.06171, A.5; 384 and 480 pixels of arXiv 2310.16764, which does not state the rest."""
+
+    def experiment() -> Config:
+        optimizer = sgd(2048, warmup_steps=5000, final_fraction=0.0, ema=0.9999, sam_rho=0.05, sam_share=0.2)
+        return Config(
+            name=f"nfnet-{variant}-finetune",
+            model=model_of(variant, num_classes=1000, dropout=0.25, stochastic_depth=0.1),
+            data=imagenet(dataclasses.replace(size_of(variant), pixels=384, eval_pixels=480), batch_size=2048),
+            optimizer=dataclasses.replace(optimizer, learning_rate=0.1, weight_decay=1e-5, sam_ascent="local"),
+            finetune=FinetuneConfig(base=f"runs/nfnet-{variant}-pretrain", new_head=True),
+            eval=EvalConfig(every=1000, batches=0),
+            **on_a_pod(15_000),
         )
 
     experiment.__doc__ = (
-        f"NFNet-{variant.upper()}{'+' if plus else ''}, arXiv 2102.06171: sizes and update rule, no augmentation yet."
+        f"{title(variant)} from its pretraining to ImageNet at 384 pixels, with SAM: arXiv 2102.06171, A.5."
     )
     return experiment
 
 
-PUBLISHED = {f"nfnet-{variant}{'+' * plus}": published(variant, plus) for plus in (False, True) for variant in SIZES}
+PUBLISHED = {
+    "nfnet-tinyplus": tiny_plus,
+    **{f"nfnet-{variant}": from_scratch(variant) for variant in VARIANTS},
+    **{f"nfnet-{variant}-pretrain": pretraining(variant) for variant in WEB},
+    **{f"nfnet-{variant}-finetune": transfer(variant) for variant in WEB},
+}

@@ -19,7 +19,9 @@ from configs.data_sections import (
     TextData,
     TokenizedData,
 )
+from configs.finetune import DistillConfig, FinetuneConfig
 from configs.guard import UNGUARDED, GuardConfig
+from configs.optimizer import PLAIN, OptimizerConfig
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 from configs.shared_images import check_shared_images, whole_images
@@ -191,64 +193,6 @@ class NFNetConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Section):
-    section: ClassVar[str] = "optimizer"
-    name: str = setting("adamw", "update rule", choices=("adamw", "sgd"), changes=("recompile", "checkpoint", "result"))
-    learning_rate: float = setting(3e-3, "peak learning rate", above=0, changes=_MATH)
-    schedule: str = setting("cosine", "after warm-up", choices=("cosine", "constant"), changes=_MATH)
-    warmup_steps: int = setting(20, "steps of linear warm-up", low=0, changes=_MATH)
-    final_fraction: float = setting(
-        0.1, "learning rate at the end over its peak (cosine)", low=0, high=1, changes=_MATH
-    )
-    beta1: float = setting(0.9, "Adam's first moment, or SGD's Nesterov momentum", low=0, below=1, changes=_MATH)
-    beta2: float = setting(0.95, "Adam's second moment", low=0, below=1, changes=_MATH)
-    eps: float = setting(1e-8, "Adam's epsilon", above=0, changes=_MATH)
-    weight_decay: float = setting(
-        0.1, "decoupled for adamw, coupled L2 for sgd; matrices only, by name", low=0, changes=_MATH
-    )
-    clip_norm: float = setting(1.0, "global gradient norm clip; 0 for none", low=0, changes=_MATH)
-    adaptive_clip: float = setting(0.0, "adaptive gradient clipping (NFNet: 0.01); 0 for none", low=0, changes=_MATH)
-    offload: bool = setting(False, "keep moments in the host's memory between updates", changes=("recompile",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Section):
-    section: ClassVar[str] = "finetune"
-    base: str = setting("", "a run whose newest parameters to start from; empty for random ones", changes=("result",))
-    lora_rank: int = setting(
-        0,
-        "rank of what is added to each matrix and alone learns (arXiv 2106.09685); 0: all parameters learn",
-        low=0,
-        changes=_ARCH,
-    )
-    lora_alpha: float = setting(16.0, "what is added is scaled by alpha / rank", above=0, changes=_MATH)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(Section):
-    """Learning from a larger model's distribution, as Gemma 2 and 3 do: arXiv 2408.00118, 2503.19786."""
-
-    section: ClassVar[str] = "distill"
-    teacher: str = setting(
-        "", "a run whose newest parameters teach, of any family with the same tokenizer; empty for none", changes=_MATH
-    )
-    samples: int = setting(
-        0,
-        "tokens drawn from the teacher's distribution at each place (Gemma 3: 256); 0 for all of it (Gemma 2)",
-        low=0,
-        changes=_MATH,
-    )
-    weight: float = setting(
-        1.0, "share of the loss that is the teacher's, the rest is the data's", above=0, high=1, changes=_MATH
-    )
-
-    def check(self) -> None:
-        for name, default in (("samples", 0), ("weight", 1.0)):
-            if not self.teacher and getattr(self, name) != default:
-                raise ConfigError(f"{self.show(name)} has no teacher: give distill.teacher")
-
-
-@dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
     """Devices along each axis; -1 takes what the others leave. Results agree across meshes to rounding."""
 
@@ -338,9 +282,9 @@ class Config:
     name: str = dataclasses.field(metadata=dict(help="what this config is called"))
     model: ModelConfig
     data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    finetune: FinetuneConfig = FinetuneConfig()
-    distill: DistillConfig = DistillConfig()
+    optimizer: OptimizerConfig = PLAIN
+    finetune: FinetuneConfig = FinetuneConfig()  # noqa: RUF009 (frozen)
+    distill: DistillConfig = DistillConfig()  # noqa: RUF009 (frozen)
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -378,6 +322,24 @@ class Config:
                 f"{self.distill.show('teacher')} contradicts model.kind={self.model.kind!r}: only language models have a "
                 f"teacher, it must be empty"
             )
+        if self.optimizer.sam_ascent == "local":
+            for section, field, most in (
+                (self.mesh, "sequence", 1),
+                (self.mesh, "tensor", 1),
+                (self.distill, "teacher", ""),
+            ):
+                if getattr(section, field) != most:
+                    raise ConfigError(
+                        f"{self.optimizer.show('sam_ascent')} contradicts {section.show(field)}: a device climbs by itself, "
+                        f"{most!r} is allowed, or optimizer.sam_ascent='synced'"
+                    )
+        if not image:
+            for field, default in (("new_head", False), ("layer_decay", 1.0)):
+                if getattr(self.finetune, field) != default:
+                    raise ConfigError(
+                        f"{self.finetune.show(field)} contradicts model.kind={self.model.kind!r}: only image models have it, "
+                        f"{default!r} is allowed"
+                    )
         if not isinstance(self.model, NFNetConfig) and self.distill.samples > self.model.vocab_size:
             raise ConfigError(
                 f"{self.distill.show('samples')} is more than {self.model.show('vocab_size')} tokens: at most that many "
@@ -403,7 +365,10 @@ KINDS: dict[str, dict[str, type]] = {
 __all__ = [  # what others import from here without its being made here
     "ChatData",
     "DataConfig",
+    "DistillConfig",
+    "FinetuneConfig",
     "ImageData",
+    "OptimizerConfig",
     "PreparedData",
     "RecallData",
     "TextData",

@@ -93,7 +93,8 @@ class TrainingPhotos:
         return np.stack([own, self.partners(positions)], axis=1).ravel() if self.config.mixes else own
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        return example_at(positions, len(self.split), self.config.seed)
+        """With a multiplicity, as many neighbours have the same image, and an epoch has as many times the positions."""
+        return example_at(positions // self.config.multiplicity, len(self.split), self.config.seed)
 
     def partners(self, positions: np.ndarray) -> np.ndarray:
         """Of another order, and never the same image, unless there is only one."""
@@ -180,6 +181,7 @@ def open_photos(config: ImageData) -> Dataset:
                 f"them held out and {int((~held).sum())} for training: both need one"
             )
     augmentation = ("augment", "randaugment_layers", "randaugment_magnitude", "mixup_alpha", "cutmix")
+    repeated = {"multiplicity": config.multiplicity} if config.multiplicity > 1 else {}  # older manifests have none
     content = {
         "kind": config.kind,
         "format": FORMAT,
@@ -187,6 +189,7 @@ def open_photos(config: ImageData) -> Dataset:
         "images": [source.digest, other.digest, None if config.held_out_source else config.held_out],
         "image_size": [config.image_size, config.pixels_held_out],
         **{name: getattr(config, name) for name in augmentation},
+        **repeated,
         "needs": {"num_classes": source.classes, "channels": 3},
         "batch_size": config.batch_size,
     }
@@ -199,8 +202,8 @@ def open_photos(config: ImageData) -> Dataset:
         seed=config.seed,
         summary=(
             f"{config.source}: {len(train):,} training and {len(rest):,} held-out images of {source.classes:,} classes, "
-            f"{config.image_size} by {config.image_size} ({len(train) / config.batch_size:,.1f} steps of {config.batch_size} "
-            f"an epoch)",
+            f"{config.image_size} by {config.image_size} ({len(train) * config.multiplicity / config.batch_size:,.1f} steps of "
+            f"{config.batch_size} an epoch)",
             *far_moves(config),
         ),
         skipped=[],

@@ -261,8 +261,9 @@ def newest_parameters(run: epath.Path, config: Config) -> tuple[int, Mapping[str
     if step is None:
         raise StorageError(f"{run} has no checkpoint yet")
     arrays = read_arrays(run / "checkpoints" / str(step) / "state")
-    names = [name for name in abstract_arrays(config) if name.startswith("model/")]
-    found = {name.removeprefix("model/"): arrays[name.replace("/", ".")] for name in names}
+    part = "ema/" if config.optimizer.ema else "model/"
+    names = [name for name in abstract_arrays(config) if name.startswith(part)]
+    found = {name.removeprefix(part): arrays[name.replace("/", ".")] for name in names}
     if config.finetune.lora_rank:
         found = merged_tensors(found, config.finetune.lora_alpha / config.finetune.lora_rank)
     return step, found

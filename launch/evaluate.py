@@ -49,4 +49,4 @@ def evaluate_run(run: str, batches: int = 0) -> tuple[int, dict[str, float]]:
     with jax.set_mesh(mesh):
         model, step = load_model(run, config, mesh)
         place = functools.partial(place_batch, mesh=mesh, spec=rules_for(mesh).spec)
-        return step, evaluate(jax.jit(task.evaluate), model, data, batches, task, place)
+        return step, evaluate(jax.jit(task.evaluate), {"": model}, data, batches, task, place)

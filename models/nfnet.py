@@ -117,6 +117,13 @@ def clips(name: str) -> bool:
     return not name.endswith("head/kernel")
 
 
+def below_head(config: NFNetConfig, name: str) -> int:
+    """How many blocks below the classifier a parameter lies: 0 in the head, 1 in the final convolution, most in the stem."""
+    places = [f"stages/{'/'.join(plan.name)}/" for plan in plan_blocks(config)]
+    order = ["stem/", *places, "final_conv/", "head/"]
+    return next(i for i, place in enumerate(reversed(order)) if name.startswith(place))
+
+
 # --- functions over arrays --------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,17 @@ def path_name(path) -> str:
     return "/".join(parts)
 
 
+def refilled(model, values, keep=lambda name: False):
+    """The model with the arrays of another one that has the same names, but for those whose names are to be kept."""
+    found = named_leaves(values)
+
+    def fill(path, leaf):
+        name = path_name(path)
+        return leaf if keep(name) else found[name]
+
+    return jax.tree_util.tree_map_with_path(fill, model)
+
+
 def cast_kernels(model, dtype):
     """The model with its matrices in the compute dtype; vectors (norms, biases, recurrence) stay float32.
 

@@ -10,29 +10,51 @@ import time
 
 import numpy as np
 import pytest
+from pictures import encoded, picture
 from runs import ROOT
 
-from configs.schema import PreparedData
+from configs.schema import ImageData, PreparedData
 from data import open_data
 from data.prepare.pipeline import Settings, prepare
 
 ROWS, EPOCHS = 8, 3
+FIELDS = {"images": "images"}  # by packing; tokens of text
 READ = """
-import hashlib, sys, time
+import sys, time
 import numpy as np
-from configs.schema import PreparedData
 from data import open_data, prepared
+from test_data_kills import FIELDS, config_of, names_of
 source, packing, cache, log, start, host, hosts = sys.argv[1:]
 prepared.CACHE = cache
-config = PreparedData(sources=(source,), packing=packing, sequence_length=64, batch_size=8)
-data = open_data(config, np.array_split(np.arange(8), int(hosts))[int(host)])
+data = open_data(config_of(source, packing), np.array_split(np.arange(8), int(hosts))[int(host)])
 with open(log, "w") as lines:
     for step, batch in enumerate(data.train_batches(int(start)), int(start)):
-        names = [hashlib.sha256(row.tobytes()).hexdigest() for row in batch["tokens"]]
+        names = names_of(batch[FIELDS.get(packing, "tokens")])
         lines.write(" ".join([str(step), *names]) + "\\n")
         lines.flush()
         time.sleep(0.01)
 """
+
+
+def config_of(source, packing):
+    """Of rows of tokens, or of images: as small as tells them apart."""
+    if packing == "images":
+        return ImageData(source=source, channels=3, image_size=8, batch_size=ROWS)
+    return PreparedData(sources=(source,), packing=packing, sequence_length=64, batch_size=ROWS)
+
+
+def names_of(rows):
+    return [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kills") / "images"
+    for label in ("ant", "bee"):
+        (root / label).mkdir(parents=True)
+    for i in range(150):
+        (root / ("ant", "bee")[i % 2] / f"{i:03}.png").write_bytes(encoded(picture(i), "PNG"))
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +72,7 @@ def until_killed(folder, packing, cache, start, hosts, last, enough=any):
     every host has told of: a checkpoint can't be newer."""
     logs = [cache / f"{start}-{host}-of-{hosts}" for host in range(hosts)]
     words = [[str(folder), packing, str(cache), str(log), str(start), str(host)] for host, log in enumerate(logs)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     readers = [
         subprocess.Popen([sys.executable, "-c", READ, *each, str(hosts)], env=environment, cwd=ROOT) for each in words
     ]
@@ -77,9 +99,9 @@ def check_lives(folder, packing, cache, seed, most_hosts, lives):
     """`lives` kills; before each the readers go on from a step at or before the last that was told of, as from a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.prepared.CACHE", str(cache))
-        data = open_data(PreparedData(sources=(str(folder),), packing=packing, sequence_length=64, batch_size=ROWS))
-        [rows] = data.train.sources
-        names = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows.read(np.arange(len(rows)))["tokens"]]
+        data = open_data(config_of(str(folder), packing))
+        rows = data.train if packing == "images" else data.train.sources[0]
+        names = names_of(rows.read(np.arange(len(rows)))[FIELDS.get(packing, "tokens")])
     assert len(set(names)) == len(names) > 100
     steps = -(-EPOCHS * len(names) // ROWS)
     rng, seen, hosts = random.Random(seed), {}, 0
@@ -105,3 +127,13 @@ def test_rows_are_read_once_an_epoch_by_readers_that_are_killed(folder, tmp_path
 @pytest.mark.parametrize(("packing", "seed"), [("concat", 2), ("best-fit", 3)])
 def test_rows_are_read_once_an_epoch_however_often_readers_are_killed(folder, packing, seed, tmp_path):
     check_lives(folder, packing, tmp_path, seed, most_hosts=5, lives=6)
+
+
+def test_images_are_read_once_an_epoch_by_readers_that_are_killed(images, tmp_path):
+    """arXiv 2310.16764 blames a loader that did not for a bent curve of its largest model."""
+    check_lives(images, "images", tmp_path, seed=4, most_hosts=2, lives=3)
+
+
+@pytest.mark.slow
+def test_images_are_read_once_an_epoch_however_often_readers_are_killed(images, tmp_path):
+    check_lives(images, "images", tmp_path, seed=5, most_hosts=5, lives=6)

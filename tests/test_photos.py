@@ -86,6 +86,15 @@ def test_batches_are_the_same_on_any_number_of_hosts_and_new_in_each_epoch(folde
     assert not any(map(np.array_equal, train.read(second)["images"], train.read(np.array(here))["images"]))
 
 
+def test_with_a_multiplicity_a_batch_has_each_of_its_images_so_often_and_never_alike(folder):
+    once, often = (open_data(config(folder, augment="crop", multiplicity=n)).train for n in (1, 4))
+    count = len(once)
+    assert np.array_equal(often.indices(np.arange(4 * count)), np.repeat(once.indices(np.arange(count)), 4))
+    batch = often.read(np.arange(8))
+    assert len({image.tobytes() for image in batch["images"]}) == 8
+    assert (batch["labels"].reshape(2, 4) == batch["labels"][::4, None]).all()
+
+
 def test_mixing_goes_by_turns(folder):
     batch = open_data(config(folder, mixup_alpha=0.2, cutmix=True)).train_batch(1)
     only = {

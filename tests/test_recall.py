@@ -88,7 +88,7 @@ def test_the_error_rate_is_the_share_of_questions_whose_likeliest_symbol_is_wron
         spec = rules_for(mesh).spec
         model = jax.jit(lambda: task.init(jax.random.key(0), spec))()
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
-        found = evaluate(jax.jit(task.evaluate), model, data, 0, task, place)
+        found = evaluate(jax.jit(task.evaluate), {"": model}, data, 0, task, place)
         (batch,) = data.held_out_batches()
         logits = np.asarray(model(batch["tokens"], batch["segment_pos"], dtype=jnp.float32), np.float64)[:, -1]
     answers = batch["targets"][:, -1]

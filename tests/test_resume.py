@@ -9,6 +9,7 @@ from runs import SMALL, finish, saved_arrays, signal_at, start, train_command
 from trainer.run_folder import read_metrics
 
 MESH = "--mesh.simulated_devices 8 --mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
+REST = {"nfnet-tiny": "--optimizer.ema 0.999 --optimizer.sam_rho 0.05 --optimizer.sam_share 0.5"}
 CASES = [pytest.param(name, "", id=name) for name in SMALL]
 CASES.append(pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow))
 
@@ -18,6 +19,7 @@ CASES.append(pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, name, mesh):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ["--trainer.steps", "40", "--checkpoint.every", "10", "--eval.every", "20", *mesh.split()]
+    options += REST.get(name, "").split()
     assert finish(train_command(name, whole, *options))[0] == 0
 
     process = start(train_command(name, killed, *options))

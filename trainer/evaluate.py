@@ -23,16 +23,21 @@ from trainer.trees import concrete
 Place = Callable[[dict[str, np.ndarray]], Batch]
 
 
-def evaluate(program: Callable, model: Any, data: Dataset, batches: int, task: Task, place: Place) -> dict[str, float]:
-    """Metrics over the first `batches` held-out batches (0: all); `program` is task.evaluate, jitted or compiled. Where others
-    stand for records that cannot be used, "bad_records" is how many."""
-    sums: dict[str, float] = {}
+def evaluate(
+    program: Callable, models: dict[str, Any], data: Dataset, batches: int, task: Task, place: Place
+) -> dict[str, float]:
+    """Metrics of each model over the first `batches` held-out batches (0: all), by their names behind the model's; `program` is
+    task.evaluate, jitted or compiled. Where others stand for records that cannot be used, "bad_records" is how many."""
+    sums: dict[str, dict[str, Any]] = {name: {} for name in models}
     bad = 0
     for batch in data.held_out_batches(batches or None):
         bad += len(taken_from(batch))
-        for name, value in jax.device_get(program(model, place(batch))).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return task.summarise(sums) | ({"bad_records": float(bad)} if bad else {})
+        placed = place(batch)
+        for name, model in models.items():
+            for sum_of, value in jax.device_get(program(model, placed)).items():
+                sums[name][sum_of] = sums[name].get(sum_of, 0.0) + np.float64(value)
+    metrics = {name + metric: value for name in models for metric, value in task.summarise(sums[name]).items()}
+    return metrics | ({"bad_records": float(bad)} if bad else {})
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, spec: Spec) -> Batch:
@@ -53,13 +58,14 @@ def read_config(run: str | pathlib.Path) -> Config:
 
 def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh, step: int | None = None) -> tuple[Any, int]:
     """Model and step of a run's newest committed checkpoint, or of the one of `step`, laid out on the current `mesh`; the
-    rest is not read. Raises StorageError."""
+    rest is not read. Where the run averages its parameters, the model is the average. Raises StorageError."""
     saved, task = SavedSteps(folder_of(run) / "checkpoints"), make_task(config)
     abstract = jax.eval_shape(lambda key: task.init(key, rules_for(mesh).spec), jax.random.key(0))
     step = saved.newest() if step is None else step
     if step is None:
         raise StorageError(f"{run} has no checkpoint yet")
-    return jax.jit(task.whole)(saved.restore_part(step, "model", concrete(abstract, mesh))), step
+    part = "ema" if config.optimizer.ema else "model"
+    return jax.jit(task.whole)(saved.restore_part(step, part, concrete(abstract, mesh))), step
 
 
 def open_base(config: Config, mesh: Mesh) -> Any:
@@ -67,9 +73,16 @@ def open_base(config: Config, mesh: Mesh) -> Any:
     run = config.finetune.base
     base = read_config(run)
     unfit = [d for d in differences(base, config) if d.path.startswith("model.") and "checkpoint" in d.effects]
+    if config.finetune.new_head:
+        unfit = [d for d in unfit if d.path != "model.num_classes"]
     tokenizers = [getattr(c.data, "tokenizer", None) for c in (base, config)]
     if (folder_of(run) / "data_manifest.json").exists() and None not in tokenizers:
         unfit += [d for d in differences(base, config) if d.path == "data.tokenizer"]
+    if [d.path for d in unfit] == ["model.num_classes"]:
+        raise ConfigError(
+            f"finetune.base={run!r} tells {base.model.num_classes} classes apart, but model.num_classes="  # type: ignore[union-attr]
+            f"{config.model.num_classes}: finetune.new_head=true starts the classifier anew"  # type: ignore[union-attr]
+        )
     if unfit or base.model.kind != config.model.kind:
         listed = "; ".join(str(d) for d in unfit) or f"model.kind={base.model.kind!r} -> {config.model.kind!r}"
         raise ConfigError(

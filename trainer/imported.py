@@ -29,19 +29,22 @@ def abstract_arrays(config: Config) -> dict[str, jax.Array]:
     """Every array of a run's state by its name on disk: shapes and dtypes, nothing is allocated."""
     task = make_task(config)
     schedule = make_schedule(config.optimizer, config.trainer.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns)
+    optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns, task.rates)
+    averages = bool(config.optimizer.ema)
     with jax.set_mesh(one_device_mesh()):
         return named_leaves(
-            jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec))
+            jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec, averages))
         )
 
 
 def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str, Tensor]) -> None:
     """Makes `run` a run at step 0 with these parameters, by our names without `model/`. Raises StorageError."""
-    arrays = {
-        name: parameters[name.removeprefix("model/")] if name.startswith("model/") else zeros(leaf.shape, leaf.dtype)
-        for name, leaf in abstract_arrays(config).items()
-    }
+
+    def value(name: str, leaf: jax.Array) -> Tensor:
+        kind, _, parameter = name.partition("/")
+        return parameters[parameter] if kind in ("model", "ema") else zeros(leaf.shape, leaf.dtype)
+
+    arrays = {name: value(name, leaf) for name, leaf in abstract_arrays(config).items()}
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     step = checkpoints / "0"

@@ -171,7 +171,8 @@ def train_in_phases(
             return ready
 
         def evaluate_now(state: State, step: int) -> dict[str, float]:
-            metrics = evaluate(eval_program(), state.model, data, config.eval.batches, task, place)
+            models = {"": state.model} | ({"ema_": state.ema} if config.optimizer.ema else {})
+            metrics = evaluate(eval_program(), models, data, config.eval.batches, task, place)
             reporter.record("eval", step, metrics)
             if data.sources:
                 reporter.record("epochs", step, data.epochs(step))

@@ -50,7 +50,7 @@ def adapted(task: Task, config: FinetuneConfig) -> Task:
         decays=is_adapter,
         learns=is_adapter,
         whole=whole,
-        with_base=lambda model, base: Adapted(base, model.adapters),
+        with_base=lambda model, base: Adapted(task.with_base(model.base, base), model.adapters),
     )
 
 

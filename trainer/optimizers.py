@@ -1,5 +1,6 @@
 """Update rules: one line each over optax. Which parameters decay or are clipped is decided by their names."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,9 +26,10 @@ def make_optimizer(
     decays: Callable[[str], bool],
     clips: Callable[[str], bool],
     learns: Callable[[str], bool] | None = None,
+    rates: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, then weight decay and the update rule. `decays`, `clips` and `learns` take a parameter's name; those that
-    don't learn (None: all do) must have no gradient, and get no moments."""
+    """Clipping, then weight decay and the update rule. `decays`, `clips`, `learns` and `rates` take a parameter's name; those
+    that don't learn (None: all do) must have no gradient, and get no moments."""
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.adaptive_clip:
         clip.append(optax.masked(adaptive_clip(config.adaptive_clip), by_name(clips)))
@@ -43,20 +45,42 @@ def make_optimizer(
             optax.sgd(schedule, momentum=config.beta1, nesterov=True),
         ],
     }
-    rule = optax.chain(*clip, *rules[config.name]())
+    rule = optax.chain(*clip, *rules[config.name](), *([scaled(rates)] if rates else []))
     return optax.masked(rule, by_name(learns)) if learns else rule
 
 
 def adaptive_clip(ratio: float) -> optax.GradientTransformation:
-    """optax's, but XLA chooses where its norms lie: Explicit axes refuse to compare them with gradients of which the dimension
-    that they sum is divided."""
+    """optax's, a layer at a time where layers are stacked: it takes a unit's axes from an array's rank.
+
+    XLA chooses where its norms lie: Explicit axes refuse to compare them with gradients of which the dimension that they sum
+    is divided.
+    """
     clip = optax.adaptive_grad_clip(ratio, eps=1e-3)
+
+    def one(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
+        return clip.update(gradient, optax.EmptyState(), parameter)[0]
+
+    def each(path, gradient, parameter):
+        layers = "groups" in path_name(path).split("/")
+        return (jax.vmap(one) if layers else one)(gradient, parameter)
 
     def update(updates, state, params=None):
         shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, updates)
-        return jax.sharding.auto_axes(clip.update, out_sharding=(shardings, state))(updates, state, params)
+        clipped = jax.sharding.auto_axes(
+            functools.partial(jax.tree_util.tree_map_with_path, each), out_sharding=shardings
+        )
+        return clipped(updates, params), state
 
     return optax.GradientTransformation(clip.init, update)
+
+
+def scaled(rates: Callable[[str], float]) -> optax.GradientTransformation:
+    """Each parameter's update times the rate of its name."""
+
+    def update(updates, state, params=None):
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: rates(path_name(path)) * leaf, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def by_name(predicate: Callable[[str], bool]) -> Callable:

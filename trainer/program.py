@@ -42,9 +42,9 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
     spec = rules_for(mesh).spec
     schedule = make_schedule(config.optimizer, config.trainer.steps)
     optimizer: optax.GradientTransformation = make_optimizer(
-        config.optimizer, schedule, task.decays, task.clips, task.learns
+        config.optimizer, schedule, task.decays, task.clips, task.learns, task.rates
     )
-    init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec)
+    init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec, bool(config.optimizer.ema))
     state = concrete(jax.eval_shape(init), mesh)
     if config.optimizer.offload:
         state = dataclasses.replace(state, opt_state=moments_on_host(state.opt_state))
@@ -59,7 +59,7 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         schedule=schedule,
         seed=trainer.seed,
         microbatches=trainer.microbatches,
-        offload=config.optimizer.offload,
+        config=config.optimizer,
         guard=config.guard,
     )
     rows = NamedSharding(mesh, spec("batch"))

@@ -11,9 +11,11 @@ import optax
 from jax.sharding import PartitionSpec
 
 from configs.guard import UNGUARDED, GuardConfig
+from configs.optimizer import PLAIN, OptimizerConfig
 from models.params import Spec
 from trainer.guard import judge, on_device
 from trainer.offload import moments_away, moments_here
+from trainer.sam import Gradient, climbed, first_rows, local_gradient
 from trainer.tasks import Batch, Task
 
 
@@ -25,17 +27,24 @@ class State:
     step: jax.Array  # optimizer updates done
     model: Any
     opt_state: Any
+    ema: Any | None = None  # average of the model's parameters; None if none is kept
     recent: jax.Array | None = None  # see guard.judge; None if nothing is compared with it
 
 
 def init_state(
-    task: Task, optimizer: optax.GradientTransformation, seed: int, spec: Spec, base: Any | None = None
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    spec: Spec,
+    averages: bool = False,
+    base: Any | None = None,
 ) -> State:
     """The state before the first step; with the parameters of `base`, if one is given, in place of random ones."""
     model = task.init(jax.random.key(seed), spec)
     if base is not None:
         model = task.with_base(model, base)
-    return State(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model))
+    ema = jax.tree.map(jnp.copy, model) if averages else None
+    return State(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model), ema=ema)
 
 
 def train_step(
@@ -48,18 +57,24 @@ def train_step(
     schedule: optax.Schedule,
     seed: int,
     microbatches: int = 1,
-    offload: bool = False,
+    config: OptimizerConfig = PLAIN,
     guard: GuardConfig = UNGUARDED,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars).
 
-    A teacher, if there is one, goes to the loss of a distilled task. With `offload` the moments come from the host's
-    memory and go back there. Where `guard` judges on the device its verdict is among the metrics, and with its policy `skip`
+    A teacher, if there is one, goes to the loss of a distilled task. With `config.offload` the moments come from the host's
+    memory and go back there; with `config.sam_rho` the gradient is that of another place, and so are loss and norm. Where `guard` judges on the device its verdict is among the metrics, and with its policy `skip`
     a bad step leaves parameters and moments as they were.
     """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
-    gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
+    local = bool(config.sam_rho) and config.sam_ascent == "local"
+    one = local_gradient(task, config) if local else jax.grad(loss, has_aux=True)
+    find = functools.partial(mean_gradient, one, task.weight, key=key, microbatches=microbatches)
+    at = state.model
+    if config.sam_rho and not local:
+        at = climbed(at, find(at, first_rows(batch, config.sam_share))[0], config.sam_rho)
+    gradient, metrics = find(at, batch)
     norm = optax.tree.norm(gradient)
     metrics |= {"grad_norm": norm}
     bad, recent = ~jnp.isfinite(norm), None
@@ -69,13 +84,13 @@ def train_step(
 
     @jax.named_scope("optimizer")
     def update(model, opt_state):
-        updates, opt_state = optimizer.update(gradient, moments_here(opt_state) if offload else opt_state, model)
-        return optax.apply_updates(model, updates), moments_away(opt_state) if offload else opt_state
+        updates, opt_state = optimizer.update(gradient, moments_here(opt_state) if config.offload else opt_state, model)
+        return optax.apply_updates(model, updates), moments_away(opt_state) if config.offload else opt_state
 
     def keep(model, opt_state):
         return model, counted_on(opt_state)
 
-    if offload:
+    if config.offload:
         # XLA would fetch the moments at the start of the step, and it drops barriers before it decides. Into a branch whose
         # condition is the gradient's it cannot look ahead. After the other branch the run ends, goes back or skips.
         model, opt_state = jax.lax.cond(bad, keep, update, state.model, state.opt_state)
@@ -84,8 +99,18 @@ def train_step(
         if guard.policy == "skip":
             kept = keep(state.model, state.opt_state)
             model, opt_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), kept, (model, opt_state))
+    ema = averaged(state.ema, model, state.step, config.ema) if config.ema else None
+    if ema is not None and guard.policy == "skip":
+        ema = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state.ema, ema)
     metrics |= {"learning_rate": schedule(state.step)}
-    return State(state.step + 1, model, opt_state, recent), metrics
+    return State(state.step + 1, model, opt_state, ema, recent), metrics
+
+
+def averaged(ema: Any, model: Any, step: jax.Array, decay: float) -> Any:
+    """The average once `model` is the result of update `step` (from 0). Its decay warms up: arXiv 2102.06171's released code."""
+    updates = step.astype(jnp.float32)
+    rest = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda old, new: old + rest * (new - old), ema, model)
 
 
 def counted_on(opt_state: Any) -> Any:
@@ -98,13 +123,17 @@ def counted_on(opt_state: Any) -> Any:
 
 
 def mean_gradient(
-    loss: Callable, weight: Callable[[Batch], jax.Array], model: Any, batch: Batch, key: jax.Array, microbatches: int
+    gradient: Gradient,
+    weight: Callable[[Batch], jax.Array],
+    model: Any,
+    batch: Batch,
+    key: jax.Array,
+    microbatches: int,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient and metrics of a task's `loss` over a batch; with several microbatches, of one after another.
+    """Gradient and metrics over a batch; with several microbatches, of one after another.
 
     A microbatch counts by its share of the batch's weight, so that the sums are those of the whole batch.
     """
-    gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
         return gradient(model, batch, key)
     total = jnp.maximum(weight(batch), 1.0)

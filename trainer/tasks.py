@@ -12,7 +12,7 @@ from jax.sharding import reshard
 
 from configs.schema import Config, ConfigError, ImageData, NFNetConfig
 from models import FAMILIES
-from models.params import Init, Spec
+from models.params import Init, Spec, refilled
 from models.remat import remat_of
 from models.token_loss import log_p_and_likeliest, log_z_and_target
 
@@ -30,7 +30,7 @@ class Task:
     loss: Callable[..., tuple[jax.Array, Sums]]
     weight: Callable[[Batch], jax.Array]  # what the means in loss and metrics are over: tokens, or images
     evaluate: Callable[[Any, Batch], Sums]  # (model, held-out batch) -> sums over the batch
-    summarise: Callable[[dict[str, float]], dict[str, float]]  # sums over all batches -> metrics by name
+    summarise: Callable[[dict[str, Any]], dict[str, float]]  # sums over all batches -> metrics by name
     headline: str  # the metric that evaluations are judged by; lower is better
     unit: str  # what throughput counts: tokens or images
     units_per_step: int
@@ -38,16 +38,17 @@ class Task:
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool]  # parameter name -> adaptive clipping applies
     learns: Callable[[str], bool] | None = None  # parameter name -> it is trained; None: all are
+    rates: Callable[[str], float] | None = None  # parameter name -> of the learning rate; None: 1 for all
     whole: Callable[[Any], Any] = lambda model: model  # what is trained -> the model that is sampled from
-    with_base: Callable[[Any, Any], Any] = lambda model, base: (
-        base
-    )  # (what init gave, model to start from) -> what is trained
+    with_base: Callable[[Any, Any], Any] = refilled  # (what init gave, model to start from) -> what is trained
 
 
 def make_task(config: Config) -> Task:
     from trainer.lora import adapted  # which needs Task
 
     task = TASKS[config.data.kind](config)
+    if config.optimizer.sam_rho:  # climbs with a share of the batch first
+        task = dataclasses.replace(task, flops_per_step=task.flops_per_step * (1 + config.optimizer.sam_share))
     return adapted(task, config.finetune) if config.finetune.lora_rank else task
 
 
@@ -121,38 +122,60 @@ def recall(config: Config) -> Task:
 
 
 def image_classification(config: Config) -> Task:
-    """Softmax classification with label smoothing; judged by the error rate on held-out images."""
-    family, data = FAMILIES[config.model.kind], config.data
-    assert isinstance(config.model, NFNetConfig)
+    """Classification with label smoothing and mixed labels; judged by the error rate on held-out images."""
+    family, data, finetune = FAMILIES[config.model.kind], config.data, config.finetune
+    model_config = config.model
+    assert isinstance(model_config, NFNetConfig)
     assert isinstance(data, ImageData)
     dtype = jnp.dtype(config.trainer.compute_dtype)
+    normaliser = NORMALISERS[data.loss]
 
     def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=remat_of(config.trainer))
-        smooth = data.label_smoothing
-        target = cross_entropy(logits, batch["labels"])
+        hit = logit_of(logits, batch["labels"])
         if data.mixes:
             share = batch["mix"]
-            target = share * target + (1 - share) * cross_entropy(logits, batch["labels_b"])
-        uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
-        mean = jnp.mean((1 - smooth) * target + smooth * uniform)
+            hit = share * hit + (1 - share) * logit_of(logits, batch["labels_b"])
+        smooth = data.label_smoothing
+        expected = (1 - smooth) * hit + smooth * jnp.mean(logits, axis=-1)
+        mean = jnp.mean(normaliser(logits) - expected)
         return mean, {"loss": mean}
 
     def evaluate(model, batch: Batch) -> Sums:
         logits = model(batch["images"], dtype=dtype, dropout_key=None)
-        wrong = jnp.argmax(logits, axis=-1) != batch["labels"]
+        labels, weights = batch["labels"], batch["weights"]
+        hit = logit_of(logits, labels)
+        # The place of the label among the classes; of equal logits the earlier class is ahead, as argmax has it.
+        classes = jnp.arange(logits.shape[-1])[None]
+        level = (logits == hit[:, None]) & (classes < labels[:, None])
+        ahead = jnp.sum((logits > hit[:, None]) | level, axis=-1)
+        right, sure = ahead == 0, confidence(logits, data.loss)
+        bins = jnp.arange(CALIBRATION_BINS)[None]
+        bin = jnp.minimum((sure * CALIBRATION_BINS).astype(jnp.int32), CALIBRATION_BINS - 1)[:, None] == bins
         return {
-            "nats": jnp.sum(cross_entropy(logits, batch["labels"]) * batch["weights"]),
-            "wrong": jnp.sum(wrong * batch["weights"]),
-            "images": jnp.sum(batch["weights"]),
+            "nats": jnp.sum((normaliser(logits) - hit) * weights),
+            "wrong": jnp.sum(jnp.where(right, 0.0, weights)),
+            "wrong_5": jnp.sum(jnp.where(ahead < 5, 0.0, weights)),
+            "images": jnp.sum(weights),
+            # How much surer the model was than right, in each bin of how sure it was.
+            "too_sure": jnp.sum(jnp.where(bin, ((sure - right.astype(sure.dtype)) * weights)[:, None], 0.0), axis=0),
         }
 
-    def summarise(sums: dict[str, float]) -> dict[str, float]:
+    def summarise(sums: dict[str, Any]) -> dict[str, float]:
         count = max(sums["images"], 1.0)
-        return {"error_rate": sums["wrong"] / count, "loss": sums["nats"] / count}
+        top_5 = {"top_5_error": sums["wrong_5"] / count} if model_config.num_classes > 5 else {}
+        return {
+            "error_rate": sums["wrong"] / count,
+            **top_5,
+            "loss": sums["nats"] / count,
+            "calibration_error": float(abs(sums["too_sure"]).sum() / count),
+        }
+
+    def with_base(model: Any, base: Any) -> Any:
+        return refilled(model, base, keep=lambda name: finetune.new_head and name.startswith("head/"))
 
     return Task(
-        init=lambda key, spec: family.model(config.model, Init(key, spec)),
+        init=lambda key, spec: family.model(model_config, Init(key, spec)),
         loss=loss,
         weight=lambda batch: jnp.float32(batch["labels"].shape[0]),
         evaluate=evaluate,
@@ -160,10 +183,29 @@ def image_classification(config: Config) -> Task:
         headline="error_rate",
         unit="images",
         units_per_step=data.batch_size,
-        flops_per_step=data.batch_size * family.train_flops(config.model, data.image_size),
+        flops_per_step=data.batch_size * family.train_flops(model_config, data.image_size),
         decays=family.decays,
         clips=family.clips,
+        rates=None
+        if finetune.layer_decay == 1
+        else lambda name: finetune.layer_decay ** family.below_head(model_config, name),
+        with_base=with_base,
     )
+
+
+CALIBRATION_BINS = 15  # of the expected calibration error, as Guo et al. 2017 (arXiv 1706.04599) take them
+NORMALISERS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": lambda logits: jax.nn.logsumexp(logits, axis=-1),
+    "sigmoid": lambda logits: jnp.sum(
+        jax.nn.softplus(logits), axis=-1
+    ),  # -sum y log s(z) + (1 - y) log s(-z), less y z
+}
+
+
+def confidence(logits: jax.Array, loss: str) -> jax.Array:
+    """The probability of the likeliest class: (B V) -> (B)."""
+    best = jnp.max(logits, axis=-1)
+    return jax.nn.sigmoid(best) if loss == "sigmoid" else jnp.exp(best - jax.nn.logsumexp(logits, axis=-1))
 
 
 def check_fits(config: Config, manifest: dict) -> None:
@@ -185,10 +227,15 @@ TASKS: dict[str, Callable[[Config], Task]] = {
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label] for logits (... V) in float32 and labels (...), with V divided as it comes."""
+    return jax.nn.logsumexp(logits, axis=-1) - logit_of(logits, labels)
+
+
+def logit_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """(... V), (...) -> (...)."""
     classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
     hit = labels[..., None] == jnp.expand_dims(classes, tuple(range(labels.ndim)))
     hit = reshard(hit, jax.typeof(logits).sharding.spec)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
 def token_losses(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

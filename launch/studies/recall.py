@@ -47,7 +47,7 @@ def extrapolation(run: pathlib.Path) -> list[tuple[int, float]]:
                 batch_size=max(config.data.batch_size // times, 1),
                 held_out_rows=ROWS,
             )
-            metrics = evaluate(program, model, open_data(longer), 0, make_task(config), place)
+            metrics = evaluate(program, {"": model}, open_data(longer), 0, make_task(config), place)
             errors.append((length, metrics["error_rate"]))
         return errors
 

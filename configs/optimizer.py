@@ -1,0 +1,56 @@
+"""The section `optimizer` of a config: the update rule and what surrounds it. See configs/schema.py."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from configs.section import ConfigError, Section, setting
+
+_MATH = ("recompile", "result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    section: ClassVar[str] = "optimizer"
+    name: str = setting("adamw", "update rule", choices=("adamw", "sgd"), changes=("recompile", "checkpoint", "result"))
+    learning_rate: float = setting(3e-3, "peak learning rate", above=0, changes=_MATH)
+    schedule: str = setting("cosine", "after warm-up", choices=("cosine", "constant"), changes=_MATH)
+    warmup_steps: int = setting(20, "steps of linear warm-up", low=0, changes=_MATH)
+    final_fraction: float = setting(
+        0.1, "learning rate at the end over its peak (cosine)", low=0, high=1, changes=_MATH
+    )
+    beta1: float = setting(0.9, "Adam's first moment, or SGD's Nesterov momentum", low=0, below=1, changes=_MATH)
+    beta2: float = setting(0.95, "Adam's second moment", low=0, below=1, changes=_MATH)
+    eps: float = setting(1e-8, "Adam's epsilon", above=0, changes=_MATH)
+    weight_decay: float = setting(
+        0.1, "decoupled for adamw, coupled L2 for sgd; matrices only, by name", low=0, changes=_MATH
+    )
+    clip_norm: float = setting(1.0, "global gradient norm clip; 0 for none", low=0, changes=_MATH)
+    adaptive_clip: float = setting(0.0, "adaptive gradient clipping (NFNet: 0.01); 0 for none", low=0, changes=_MATH)
+    ema: float = setting(
+        0.0,
+        "decay of an average of the parameters, min(ema, (1 + step) / (10 + step)) (2102.06171: 0.99999); 0 for none",
+        low=0,
+        below=1,
+        changes=("recompile", "checkpoint"),
+    )
+    sam_rho: float = setting(
+        0.0, "distance that sharpness-aware minimisation climbs (2102.06171: 0.05); 0 for none", low=0, changes=_MATH
+    )
+    sam_share: float = setting(
+        1.0, "share of the batch that says where to climb (2102.06171: 0.2)", above=0, high=1, changes=_MATH
+    )
+    sam_ascent: str = setting(
+        "synced",
+        "climb with all devices' gradient, or each with that of its own rows (parameters whole on every device)",
+        choices=("synced", "local"),
+        changes=_MATH,
+    )
+    offload: bool = setting(False, "keep moments in the host's memory between updates", changes=("recompile",))
+
+    def check(self) -> None:
+        for name, default in (("sam_share", 1.0), ("sam_ascent", "synced")):
+            if not self.sam_rho and getattr(self, name) != default:
+                raise ConfigError(f"{self.show(name)} has no step to climb: give optimizer.sam_rho")
+
+
+PLAIN = OptimizerConfig()
