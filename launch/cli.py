@@ -9,10 +9,13 @@ import difflib
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 from configs.schema import ConfigError
 
+LAST_SECONDS = 5.0  # that threads get at the end of a command that failed
 EXIT_CODES = {
     "ConfigError": 2,
     "DataError": 3,
@@ -227,7 +230,27 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script and of `python -m launch`; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return run_command(list(argv))
+    code = run_command(sys.argv[1:])
+    if code:
+        leave_threads(code)
+    return code
+
+
+def leave_threads(code: int) -> None:
+    """Ends the process if threads don't end soon: those of a save that failed wait ten minutes for a signal, and Python for them."""
+    deadline = time.monotonic() + LAST_SECONDS
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    for thread in others:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_command(argv: list[str]) -> int:
     sys.unraisablehook = ignored
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("podwright: pretraining on TPU pods, in JAX\n")
