@@ -60,9 +60,14 @@ SIZES = {
 ROWS, EPOCHS, WARMUP_EPOCHS, IMAGENET = 4096, 360, 5, 1_281_167
 
 
+def experiment_name(variant: str, plus: bool) -> str:
+    """Spelt out: a plus sign is not one in URLs and in the names of folders on gs://."""
+    return f"nfnet-{variant}{'plus' if plus else ''}"
+
+
 def published(variant: str, plus: bool) -> Callable[[], Config]:
     """The function of one variant, or of its wider twin: "+", of the released code."""
-    size, name = SIZES[variant], f"nfnet-{variant}{'+' if plus else ''}"
+    size, name = SIZES[variant], experiment_name(variant, plus)
 
     def experiment() -> Config:
         widths = (384, 768, 2048, 2048) if plus else (256, 512, 1536, 1536)
@@ -94,4 +99,4 @@ def published(variant: str, plus: bool) -> Callable[[], Config]:
     return experiment
 
 
-PUBLISHED = {f"nfnet-{variant}{'+' * plus}": published(variant, plus) for plus in (False, True) for variant in SIZES}
+PUBLISHED = {experiment_name(v, plus): published(v, plus) for plus in (False, True) for v in SIZES}

@@ -254,11 +254,11 @@ def test_reference_notices_wrong_setting(one_device, field, wrong):
         ("nfnet-f5", 377_214_144, 544, 289.76),
         ("nfnet-f6", 438_359_116, 576, 377.28),
         ("nfnet-f7", 499_504_088, 608, 478.78),
-        ("nfnet-f0+", 118_824_516, 224, 14.96),
-        ("nfnet-f1+", 220_357_008, 320, 55.45),
-        ("nfnet-f3+", 423_421_992, 416, 177.99),
-        ("nfnet-f4+", 524_954_484, 512, 333.39),
-        ("nfnet-f7+", 829_551_960, 608, 740.16),
+        ("nfnet-f0plus", 118_824_516, 224, 14.96),
+        ("nfnet-f1plus", 220_357_008, 320, 55.45),
+        ("nfnet-f3plus", 423_421_992, 416, 177.99),
+        ("nfnet-f4plus", 524_954_484, 512, 333.39),
+        ("nfnet-f7plus", 829_551_960, 608, 740.16),
     ],
 )
 def test_size_and_flops_are_the_published_ones(one_device, name, parameters, pixels, giga_macs):
