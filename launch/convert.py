@@ -308,8 +308,9 @@ def export_run(run: str, layout: str, folder: pathlib.Path, dtype: str) -> None:
         raise ConfigError(f"--dtype {dtype} is not for --format haiku: float32 is allowed")
     model = model_in(config)
     description = family.described(config) if layout in ("hf", "timm") else {}
+    table = family.layouts[layout](model)
     step, ours = newest_parameters(folder_of(run), config)
-    theirs = family.released(layout, model, to_theirs(model, family.layouts[layout](model), ours))
+    theirs = family.released(layout, model, to_theirs(model, table, ours))
     cast = {name: tensor.cast(chosen_dtype(dtype)) for name, tensor in theirs.items()}
     with whole_or_none(folder) as partial:
         if layout == "haiku":
