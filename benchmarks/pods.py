@@ -32,7 +32,7 @@ PODS = {
         "gemma2-27b --topology v5p-512",
         "nfnet-f0 --topology v4-64",
         "nfnet-f3 --topology v4-256",
-        "nfnet-f7+ --topology v4-512 --data.image_size 224",
+        "nfnet-f7plus --topology v4-512 --data.image_size 224",
     )
 }
 NETWORKS = ("ICI", "DCN")

@@ -113,7 +113,7 @@ def import_checkpoint(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    """a run's newest checkpoint for others: export RUN --format flax|hf --to DIR"""
+    """a run's newest checkpoint for others: export RUN --format flax|hf|timm|haiku --to DIR"""
     from launch.convert import export_main
 
     return export_main(argv)

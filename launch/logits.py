@@ -82,3 +82,16 @@ def logits(run: str | pathlib.Path, config: Config, tokens: np.ndarray) -> Itera
             padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
             batch = place_batch({"tokens": padded, "positions": positions}, mesh, Rules().spec)
             yield first, np.asarray(program(model, batch))[: len(rows), :, : model.embedding.vocab_size]
+
+
+def image_logits(run: str | pathlib.Path, config: Config, images: np.ndarray) -> np.ndarray:
+    """(B classes), float32, for images (B H W C), on one device."""
+    import jax
+
+    from sharding.mesh import one_device_mesh
+    from trainer.evaluate import load_model
+
+    mesh = one_device_mesh()
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        model, _ = load_model(run, config, mesh)
+        return np.asarray(jax.jit(lambda model, images: model(images))(model, images))

@@ -64,7 +64,7 @@ def checkpoint(request, tmp_path) -> Iterator[tuple[pathlib.Path, LanguageModel]
     folder.mkdir()
     shapes = their_shapes(model, family.layouts["hf"](model), arrays)
     write_safetensors(folder, {name: random_tensor(shape) for name, shape in shapes.items()}, file_bytes=10**9)
-    (folder / "config.json").write_text(json.dumps(family.to_hf(model)))
+    (folder / "config.json").write_text(json.dumps(family.described(config)))
     yield folder, model
     shutil.rmtree(tmp_path)  # pytest would keep these gigabytes for three runs
 

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from oracle_nfnet import np_forward
 
 from configs import EXPERIMENTS
 from configs.schema import MeshConfig, NFNetConfig
@@ -92,95 +94,12 @@ def train_gradient(model, images):
     return jax.grad(loss, has_aux=True)(model)
 
 
-# --- the reference: float64, loops, no jax ----------------------------------------------------------------------------
-
-
-def np_gelu(x, approximate):
-    if approximate:
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-
-def np_same(side, window, stride):
-    """Output side and the padding before the first pixel."""
-    out = -(-side // stride)
-    return out, max((out - 1) * stride + window - side, 0) // 2
-
-
-def np_windows(x, window, stride):
-    """Yields (row, column, tap row, tap column, pixel [B, C]) of every tap inside the image."""
-    height, pad_y = np_same(x.shape[1], window, stride)
-    width, pad_x = np_same(x.shape[2], window, stride)
-    for row in range(height):
-        for column in range(width):
-            for i in range(window):
-                for j in range(window):
-                    y, z = row * stride + i - pad_y, column * stride + j - pad_x
-                    if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
-                        yield row, column, i, j, x[:, y, z]
-
-
-def np_conv(p, name, x, config, stride=1, groups=1):
-    kernel, gain, bias = p[f"{name}/kernel"], p[f"{name}/gain"], p[f"{name}/bias"]
-    window, _, group_in, out = kernel.shape
-    standard = np.empty_like(kernel)
-    for o in range(out):
-        w = kernel[..., o]
-        centred = w - w.sum() / w.size
-        variance = (centred**2).sum() / w.size
-        if config.ws_eps_mode == "max_nvar":
-            standard[..., o] = centred * gain[o] / math.sqrt(max(w.size * variance, 1e-4))
-        else:
-            standard[..., o] = centred * gain[o] / math.sqrt(w.size * (variance + 1e-5))
-    y = np.zeros((x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), out)) + bias
-    for row, column, i, j, pixel in np_windows(x, window, stride):
-        for g in range(groups):
-            outs = slice(g * out // groups, (g + 1) * out // groups)
-            y[:, row, column, outs] += pixel[:, g * group_in : (g + 1) * group_in] @ standard[i, j, :, outs]
-    return y
-
-
-def np_pool(x):
-    total = np.zeros((x.shape[0], -(-x.shape[1] // 2), -(-x.shape[2] // 2), x.shape[3]))
-    count = np.zeros(total.shape)
-    for row, column, _, _, pixel in np_windows(x, 2, 2):
-        total[:, row, column] += pixel
-        count[:, row, column] += 1
-    return total / count
-
-
-def np_forward(p, config, x):
-    def act(x):
-        return 1.7015043497085571 * np_gelu(x, config.gelu_approximate)
-
-    x = np_conv(p, "stem/conv_0", x, config, stride=2)
-    x = np_conv(p, "stem/conv_1", act(x), config)
-    x = np_conv(p, "stem/conv_2", act(x), config)
-    x = np_conv(p, "stem/conv_3", act(x), config, stride=2)
-    expected_std = 1.0
-    for s, depth in enumerate(config.depths):
-        for b in range(depth):
-            name = f"stages/stage_{s}/block_{b}"
-            stride = 2 if s > 0 and b == 0 else 1
-            groups = math.floor(config.bottleneck * config.widths[s] / config.group_width)
-            h = act(x) / expected_std
-            if b == 0:
-                x = np_conv(p, f"{name}/shortcut", np_pool(h) if stride == 2 else h, config)
-            h = act(np_conv(p, f"{name}/reduce", h, config))
-            h = act(np_conv(p, f"{name}/spatial_0", h, config, stride, groups))
-            h = act(np_conv(p, f"{name}/spatial_1", h, config, 1, groups))
-            h = np_conv(p, f"{name}/expand", h, config)
-            z = h.mean((1, 2)) @ p[f"{name}/squeeze/kernel"] + p[f"{name}/squeeze/bias"]
-            z = np.maximum(z, 0) @ p[f"{name}/excite/kernel"] + p[f"{name}/excite/bias"]
-            h = h * 2 / (1 + np.exp(-z))[:, None, None, :]
-            x = x + config.alpha * p[f"{name}/skip_gain"] * h
-            expected_std = math.sqrt((1 if b == 0 else expected_std**2) + config.alpha**2)
-    features = act(np_conv(p, "final_conv", x, config)).mean((1, 2))
-    return features @ p["head/kernel"] + p["head/bias"]
+def in_float64(model) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v, np.float64) for k, v in named_leaves(model).items()}
 
 
 def reference(model, config):
-    return np_forward({k: np.asarray(v, np.float64) for k, v in named_leaves(model).items()}, config, IMAGES)
+    return np_forward(in_float64(model), config, IMAGES)
 
 
 # --- the claims -------------------------------------------------------------------------------------------------------
@@ -193,6 +112,46 @@ def test_logits_equal_float64_reference(one_device, eps_mode, approximate):
     expected = reference(model, config)
     assert expected.std() > 0.3
     np.testing.assert_allclose(evaluate(model, IMAGES), expected, atol=TOLERANCE)
+
+
+KINDS = {  # of parameters, by the ends and beginnings of their names
+    "stem kernels": r"stem/.*kernel",
+    "block kernels": r"stages/.*/(reduce|spatial_.|expand)/kernel",
+    "shortcut kernels": r".*/shortcut/kernel",
+    "squeeze-excite kernels": r".*/(squeeze|excite)/kernel",
+    "squeeze-excite biases": r".*/(squeeze|excite)/bias",
+    "gains": r".*/gain",
+    "biases": r"(stem|final_conv|stages/.*/(reduce|spatial_.|expand|shortcut))\b.*bias",
+    "skip gains": r".*skip_gain",
+    "final kernel": r"final_conv/kernel",
+    "head": r"head/.*",
+}
+
+
+@pytest.mark.parametrize(("eps_mode", "approximate"), [("max_nvar", True), ("add_var", False)])
+def test_gradients_equal_differences_of_the_float64_reference(one_device, eps_mode, approximate):
+    """Central differences along random directions, one through all parameters of a kind at once."""
+    config = dataclasses.replace(
+        TINY, widths=(16, 20), depths=(1, 3), ws_eps_mode=eps_mode, gelu_approximate=approximate
+    )
+    model, images, rng = filled(config), IMAGES[:1, :19, :22], np.random.default_rng(7)
+    weight, parameters = rng.normal(size=config.num_classes), in_float64(filled(config))
+    scaled = jnp.asarray(weight[None], jnp.float32)
+    gradient = in_float64(jax.jit(jax.grad(lambda m, x: jnp.sum(m(x) * scaled)))(model, images))
+    matched = {kind: [n for n in parameters if re.fullmatch(pattern, n)] for kind, pattern in KINDS.items()}
+    assert sorted(n for names in matched.values() for n in names) == sorted(parameters)
+    for kind, names in matched.items():
+        # As large as each parameter is, since the first channel's kernels are tiny.
+        way = {n: rng.normal(size=parameters[n].shape) * (abs(parameters[n]) + 1e-6) for n in names}
+
+        def moved(step, way=way):
+            return np_forward(parameters | {n: parameters[n] + step * w for n, w in way.items()}, config, images)
+
+        expected = ((moved(1e-5) - moved(-1e-5)) / 2e-5 @ weight).item()
+        found = sum((gradient[n] * w).sum() for n, w in way.items())
+        size = math.sqrt(sum((gradient[n] ** 2 * w**2).sum() for n, w in way.items()))
+        print(f"{kind}: {found:.6g}, differences {expected:.6g}, off by {abs(found - expected) / size:.2g}")
+        assert abs(found - expected) <= 1e-5 * size, kind
 
 
 def symmetric_conv(x, kernel, bias, stride=1, groups=1):
@@ -209,7 +168,35 @@ def replan(**changes):
     ]
 
 
+def block_with(identity, transition):
+    """A block whose shortcuts start from other tensors: each a choice between the raw input and the activated one."""
+
+    def call(self, x, key, expected_variance, drop_rate):
+        def activate(x):
+            return nfnet.scaled_gelu(x, self.config.gelu_approximate)
+
+        h = activate(x) * lax.rsqrt(expected_variance)
+        start = (transition if self.shortcut else identity)(x, h)
+        if self.shortcut:
+            start = self.shortcut(nfnet.halve(start) if self.stride == 2 else start)
+        h = self.spatial_1(activate(self.spatial_0(activate(self.reduce(h)))))
+        h = nfnet.squeeze_excite(self.expand(activate(h)), *self.squeeze.weights(), *self.excite.weights())
+        return start + self.config.alpha * self.skip_gain[...] * h
+
+    return call
+
+
+def raw(x, h):
+    return x
+
+
+def activated(x, h):
+    return h
+
+
 TRAPS = {
+    "identity shortcut from the activated input": ("Block.__call__", block_with(activated, activated)),
+    "projected shortcut from the raw input": ("Block.__call__", block_with(raw, raw)),
     "no beta": ("plan_blocks", replan(expected_variance=lambda plan: 1.0)),
     "beta 1/var": ("plan_blocks", replan(expected_variance=lambda plan: plan.expected_variance**2)),
     "variance reset before a transition": (
@@ -218,6 +205,7 @@ TRAPS = {
     ),
     "symmetric padding": ("conv", symmetric_conv),
     "GELU in squeeze-excite": ("jax.nn.relu", lambda x: jax.nn.gelu(x)),
+    "scaled GELU in squeeze-excite": ("jax.nn.relu", lambda x: nfnet.scaled_gelu(x, True)),
     "squeeze-excite without factor 2": ("jax.nn.sigmoid", lambda x: lax.logistic(x) / 2),
     "unscaled GELU": ("GELU_GAIN", 1.0),
     "padding counts in pooling": (
@@ -236,45 +224,45 @@ def test_reference_notices(one_device, monkeypatch, trap):
     assert difference > 100 * TOLERANCE
 
 
+def test_the_traps_block_is_otherwise_right(one_device, monkeypatch):
+    monkeypatch.setattr("models.nfnet.Block.__call__", block_with(raw, activated))
+    model = filled(TINY)
+    found = jax.jit(lambda m, x: m(x))(model, IMAGES)
+    np.testing.assert_allclose(found, reference(model, TINY), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(("field", "wrong"), [("ws_eps_mode", "add_var"), ("gelu_approximate", False)])
 def test_reference_notices_wrong_setting(one_device, field, wrong):
     model = filled(dataclasses.replace(TINY, **{field: wrong}))
     assert abs(evaluate(model, IMAGES) - reference(model, TINY)).max() > 100 * TOLERANCE
 
 
-# Parameters, and multiply-adds of one image (in units of 1e9) at so many pixels: the paper's table 1, and the released code.
+# Parameters, pixels of testing, and multiply-adds of one image (in units of 1e9) at so many and at 224: the paper's table 1,
+# whose "#FLOPs" they are, and the released code's "+" models.
 @pytest.mark.parametrize(
-    ("name", "parameters", "pixels", "giga_macs"),
+    ("name", "parameters", "pixels", "giga_macs", "giga_macs_224"),
     [
-        ("nfnet-f0", 71_489_284, 256, 12.38),
-        ("nfnet-f1", 132_634_256, 320, 35.54),
-        ("nfnet-f2", 193_779_228, 352, 62.59),
-        ("nfnet-f3", 254_924_200, 416, 114.76),
-        ("nfnet-f4", 316_069_172, 512, 215.24),
-        ("nfnet-f5", 377_214_144, 544, 289.76),
-        ("nfnet-f6", 438_359_116, 576, 377.28),
-        ("nfnet-f7", 499_504_088, 608, 478.78),
-        ("nfnet-f0+", 118_824_516, 224, 14.96),
-        ("nfnet-f1+", 220_357_008, 320, 55.45),
-        ("nfnet-f3+", 423_421_992, 416, 177.99),
-        ("nfnet-f4+", 524_954_484, 512, 333.39),
-        ("nfnet-f7+", 829_551_960, 608, 740.16),
+        ("nfnet-f0", 71_489_284, 256, 12.38, 9.49),
+        ("nfnet-f1", 132_634_256, 320, 35.54, 17.44),
+        ("nfnet-f2", 193_779_228, 352, 62.59, 25.39),
+        ("nfnet-f3", 254_924_200, 416, 114.76, 33.34),
+        ("nfnet-f4", 316_069_172, 512, 215.24, 41.29),
+        ("nfnet-f5", 377_214_144, 544, 289.76, 49.24),
+        ("nfnet-f6", 438_359_116, 576, 377.28, 57.19),
+        ("nfnet-f7", 499_504_088, 608, 478.78, 65.14),
+        ("nfnet-f0plus", 118_824_516, 256, 19.52, 14.96),
+        ("nfnet-f1plus", 220_357_008, 320, 55.45, 27.21),
+        ("nfnet-f3plus", 423_421_992, 416, 177.99, 51.72),
+        ("nfnet-f4plus", 524_954_484, 512, 333.39, 63.97),
+        ("nfnet-f7plus", 829_551_960, 608, 740.16, 100.74),
     ],
 )
-def test_size_and_flops_are_the_published_ones(one_device, name, parameters, pixels, giga_macs):
+def test_size_and_flops_are_the_published_ones(one_device, name, parameters, pixels, giga_macs, giga_macs_224):
     model = EXPERIMENTS[name]().model
     leaves = named_leaves(abstract(model))
     assert sum(leaf.size for leaf in leaves.values()) == parameters
     assert round(train_flops(model, pixels) / 6e9, 2) == giga_macs
-
-
-def test_the_recipe_is_the_published_one():
-    """Batch 4096 and learning rate 1.6 for 360 epochs of ImageNet, 5 of them warm-up: section 4.1."""
-    config = EXPERIMENTS["nfnet-f3"]()
-    optimizer = config.optimizer
-    assert (config.data.batch_size, config.data.image_size, config.data.channels) == (4096, 320, 3)
-    assert (optimizer.learning_rate, optimizer.warmup_steps, config.trainer.steps) == (1.6, 1563, 112_602)
-    assert (config.model.dropout, config.model.stochastic_depth) == (0.4, 0.25)
+    assert round(train_flops(model, 224) / 6e9, 2) == giga_macs_224
 
 
 def test_expected_variances_of_f0_are_the_released_models():

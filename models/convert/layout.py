@@ -3,16 +3,17 @@
 A family's tables are in a file of its own. Nothing here is ever a whole model: tensors are read as their writer asks.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from configs.schema import GemmaConfig, GriffinConfig
-from models.convert.tensors import Tensor, resized
+from configs.schema import GemmaConfig, GriffinConfig, NFNetConfig
+from models.convert.tensors import Tensor, resized, rows_of
 
 Arrays = tuple[np.ndarray, ...]
 LanguageModel = GriffinConfig | GemmaConfig
+Model = LanguageModel | NFNetConfig
 TABLE = "embedding/table"
 
 
@@ -26,24 +27,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """`outer` and `blocks` map our names to rows; `prefix` writes what stands before a block's names.
-
-    `table_rows`: of their table, where it does not have ours; the rows that one has more than the other are padding.
-    """
-
-    name: str
-    outer: dict[str, Row]
-    blocks: dict[str, dict[str, Row]]  # by kind of block
-    prefix: Callable[[int], str]
-    table_rows: int | None = None
-
-    @property
-    def table(self) -> str:
-        return self.outer[TABLE].theirs[0]
-
-
-@dataclass(frozen=True)
 class Place:
     """Where one layer's array stands in our checkpoint: the array's name, and its layer if layers are stacked."""
 
@@ -53,8 +36,30 @@ class Place:
     theirs: tuple[str, ...]
 
 
-def places(config: LanguageModel, layout: Layout) -> list[Place]:
+@dataclass(frozen=True)
+class Layout:
+    """`outer` and `blocks` map our names to rows; `prefix` writes what stands before a block's names.
+
+    `listed`: instead of these, every place, for a model whose layers do not repeat a pattern.
+    `table_rows`: of their table, where it does not have ours; the rows that one has more than the other are padding.
+    """
+
+    name: str
+    outer: dict[str, Row] = field(default_factory=dict)
+    blocks: dict[str, dict[str, Row]] = field(default_factory=dict)  # by kind of block
+    prefix: Callable[[int], str] = str
+    table_rows: int | None = None
+    listed: Sequence[Place] = ()
+
+    @property
+    def table(self) -> str:
+        return self.outer[TABLE].theirs[0]
+
+
+def places(config: Model, layout: Layout) -> Sequence[Place]:
     """Every array of every layer, in the order of the layers; then those outside the layers."""
+    if isinstance(config, NFNetConfig):
+        return layout.listed
     period, groups = len(config.pattern), config.depth // len(config.pattern)
     found = []
     for i in range(config.depth):
@@ -71,9 +76,7 @@ def layer_shape(place: Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     return shapes[place.name] if place.layer is None else shapes[place.name][1:]
 
 
-def their_shapes(
-    config: LanguageModel, layout: Layout, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
+def their_shapes(config: Model, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Name to shape of every tensor that the layout has for a model with these `shapes` of ours."""
     found: dict[str, tuple[int, ...]] = {}
     for place in places(config, layout):
@@ -85,7 +88,7 @@ def their_shapes(
 
 
 def to_ours(
-    config: LanguageModel, layout: Layout, shapes: Mapping[str, tuple[int, ...]], source: Mapping[str, Tensor]
+    config: Model, layout: Layout, shapes: Mapping[str, tuple[int, ...]], source: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Our arrays, layers stacked, out of a checkpoint whose tensors have been checked."""
     layers: dict[str, list[Place]] = {}
@@ -105,12 +108,16 @@ def to_ours(
         if name in layout.outer:  # the same array there and here: the table is too big to be read at once
             return resized(source[place.theirs[0]], shape[0])
         parts = tuple(source[t] for t in place.theirs)
-        return Tensor(shape, dtype, lambda a, b: place.row.back(tuple(p.whole() for p in parts)).reshape(shape)[a:b])
+
+        def whole() -> np.ndarray:
+            return place.row.back(tuple(part.whole() for part in parts)).reshape(shape)
+
+        return Tensor(shape, dtype, lambda a, b: rows_of(whole(), a, b))
 
     return {name: tensor(name, found) for name, found in layers.items()}
 
 
-def to_theirs(config: LanguageModel, layout: Layout, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_theirs(config: Model, layout: Layout, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The layout's tensors out of our checkpoint, in the order of the layers."""
     shapes = their_shapes(config, layout, {name: tensor.shape for name, tensor in ours.items()})
 
@@ -121,7 +128,7 @@ def to_theirs(config: LanguageModel, layout: Layout, ours: Mapping[str, Tensor])
 
         def read(first: int, end: int) -> np.ndarray:
             layer = array.whole() if place.layer is None else array.read(place.layer, place.layer + 1)[0]
-            return place.row.there(layer)[part][first:end]
+            return rows_of(place.row.there(layer)[part], first, end)
 
         return Tensor(shapes[place.theirs[part]], array.dtype, read)
 

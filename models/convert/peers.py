@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ConfigError, GemmaConfig, GriffinConfig
-from models.convert import gemma
+from configs.schema import ConfigError, GemmaConfig, GriffinConfig, NFNetConfig
+from models.convert import gemma, nfnet_config
 from models.convert.tensors import ConversionError, Tensor
 
 
@@ -168,3 +168,27 @@ def transformers_logits(to_hf: Callable[[Any], dict[str, Any]]) -> Callable[...,
             return network(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.float().numpy()
 
     return logits
+
+
+def timm_network(model: NFNetConfig, tensors: Mapping[str, Tensor]) -> Any:
+    """timm's network for this config with the values of a state dict, float32. Raises ConfigError for what it cannot be,
+    ConversionError if the package is not there."""
+    try:
+        import timm
+        import torch
+    except ImportError:
+        raise ConversionError("the package timm is not installed: podwright's extra `parity` has it") from None
+    network = timm.create_model(**nfnet_config.timm_arguments(model))
+    # Copied: torch warns of arrays that cannot be written to.
+    state = {name: torch.from_numpy(tensor.whole().astype(np.float32, copy=True)) for name, tensor in tensors.items()}
+    network.load_state_dict(state, strict=True)
+    return network.eval()
+
+
+def timm_logits(model: NFNetConfig, tensors: Mapping[str, Tensor], images: np.ndarray) -> np.ndarray:
+    """(B classes), float32, for images (B H W C) and a state dict of timm's."""
+    network = timm_network(model, tensors)
+    import torch
+
+    with torch.no_grad():
+        return network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()

@@ -42,8 +42,12 @@ class Tensor:
         return Tensor(self.shape, np.dtype(dtype), lambda a, b: self.read(a, b).astype(dtype, copy=False))
 
 
+def rows_of(array: np.ndarray, first: int, end: int) -> np.ndarray:
+    return array[first:end] if array.shape else array
+
+
 def in_memory(array: np.ndarray) -> Tensor:
-    return Tensor(array.shape, array.dtype, lambda first, end: array[first:end] if array.shape else array)
+    return Tensor(array.shape, array.dtype, lambda first, end: rows_of(array, first, end))
 
 
 def resized(tensor: Tensor, rows: int) -> Tensor:
