@@ -13,19 +13,18 @@ from sklearn.metrics import top_k_accuracy_score
 
 from configs import EXPERIMENTS
 from configs.finetune import FinetuneConfig
-from configs.optimizer import OptimizerConfig
 from configs.overrides import resolve
 from configs.schema import MeshConfig
 from models.params import named_leaves
-from sharding.mesh import make_mesh, one_device_mesh
+from sharding.mesh import make_mesh
 from sharding.rules import rules_for
 from trainer.evaluate import place_batch
 from trainer.optimizers import adaptive_clip, make_optimizer, make_schedule, scaled
 from trainer.sam import climbed
 from trainer.step import averaged, init_state, train_step
-from trainer.tasks import Task, make_task
+from trainer.tasks import make_task
 
-SMALL = "--model.widths 32,32 --model.depths 1,1 --model.head_width 32 --data.batch_size 16".split()
+SMALL = ["--model.widths", "32,32", "--model.depths", "1,1", "--model.head_width", "32", "--data.batch_size", "16"]
 RNG = np.random.default_rng(0)
 BATCH = {
     "images": RNG.normal(size=(16, 16, 16, 1)).astype(np.float32),
@@ -233,11 +232,6 @@ def test_microbatches_climb_to_the_same_place(one_device):
 
 
 # --- losses and metrics ------------------------------------------------------------------------------------------------------
-
-
-def given_logits(task: Task, monkeypatch, logits):
-    """The task on a model that gives these logits for whatever it sees."""
-    return lambda *args, **kwargs: logits
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

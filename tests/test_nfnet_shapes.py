@@ -7,6 +7,7 @@ import pytest
 from published_nfnet import MODELS, timm_shapes
 
 from configs import EXPERIMENTS
+from configs.nfnet import VARIANTS
 from models.convert import nfnet, nfnet_config
 from models.convert.layout import their_shapes
 from models.convert.tensors import Tensor
@@ -48,7 +49,7 @@ def shapes_of(name: str, layout: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("layout", ["timm", "haiku"])
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("nfnet-f")])
+@pytest.mark.parametrize("name", [f"nfnet-{variant}" for variant in VARIANTS])
 def test_every_published_size_is_known_by_its_shapes(tmp_path, name, layout):
     shapes = shapes_of(name, layout)
     expected = dataclasses.replace(EXPERIMENTS[name]().model, **nfnet_config.CONVENTIONS[layout])

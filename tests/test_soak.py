@@ -43,4 +43,6 @@ def test_saves_keep_no_state_no_thread_and_no_file(tmp_path):
     assert slope < 64 * 1024
     for name, counts in (("threads", threads), ("open files", files_open), ("children", children)):
         assert counts[-1] <= counts[0], name
-    assert np.polyfit(step, files, 1)[0] < 0.05  # a step has as many as its writer likes, one that stayed would make it 1
+    assert (
+        np.polyfit(step, files, 1)[0] < 0.05
+    )  # a step has as many as its writer likes, one that stayed would make it 1
