@@ -103,8 +103,10 @@ def import_run(source: Source, config: Config, run: pathlib.Path, dtype: np.dtyp
             f"no tokenizer.model lies beside {source.path}: import with --data.tokenizer FILE.model to sample or train"
         )
     if isinstance(source.family, ImageFamily):
-        told = " and ".join(config.model.show(field) for field in source.family.conventions[source.format])
-        print(f"with {told}, as {source.format} files are meant")
+        conventions = source.family.conventions[source.format]
+        told = " and ".join(model.show(field) for field in conventions)
+        usual = all(getattr(model, field) == value for field, value in conventions.items())
+        print(f"with {told}, {'as' if usual else 'not as'} {source.format} files are meant")
     data = "--data.source" if isinstance(source.family, ImageFamily) else "--data.corpus"
     print(f"continue with: podwright train {run} --run {run} {data} FOLDER")
 

@@ -390,4 +390,4 @@ def test_shapes_of_no_known_model_need_a_config(imported, tmp_path, capsys):
 def test_tensors_of_no_family_are_refused(tmp_path, capsys):
     write_hf(tmp_path / "theirs", {"model.h.0.weight": np.zeros(2, np.float32)}, {})
     said = refused(capsys, ["import", tmp_path / "theirs", "--to", tmp_path / "run"], code=4)
-    assert said == f"{tmp_path / 'theirs'} is no Griffin or Gemma in the hf layout: it has model.h.0.weight"
+    assert said == f"{tmp_path / 'theirs'} is no Griffin or Gemma or NFNet in the hf layout: it has model.h.0.weight"

@@ -153,7 +153,7 @@ def _filled(value: np.ndarray) -> _Array:
 
 
 def _rebuilt(function: Any, arguments: tuple, state: tuple, rest: Any = None) -> _Array:
-    """As dill and jax write an array: the call that makes one, and its state."""
+    """As dill writes an array: the call that makes one, and its state."""
     array = function(*arguments) if isinstance(function, _Function) else None
     if not isinstance(array, _Array):
         raise _forbidden("makes an array of something else")
@@ -172,6 +172,12 @@ class _Module(str):
     """The name of a module that dill would import."""
 
     __slots__ = ()
+
+
+def _imported(name: Any, safe: bool = False) -> _Module:
+    if not isinstance(name, str):
+        raise _forbidden(f"imports {name!r}")
+    return _Module(name)
 
 
 def _attribute(module: Any, name: Any) -> _Function:
@@ -202,7 +208,7 @@ NUMPY: Mapping[str, Callable[..., Any]] = {
 }
 DILL: Mapping[str, Callable[..., Any]] = {
     "_create_array": _rebuilt,
-    "_import_module": _Module,
+    "_import_module": _imported,
     "_get_attr": _attribute,
 }
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
@@ -212,7 +218,6 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "_codecs.encode": _encoded,
     "collections.OrderedDict": dict,
     **{f"haiku._src.data_structures.{name}": dict for name in ("FlatMapping", "FlatMap", "frozendict")},
-    "jax._src.array._reconstruct_array": _rebuilt,
     # dill 0.3.3, of the time of the released files, imports numpy's module and takes `_reconstruct` out of it.
     **{f"dill.{module}.{name}": function for module in ("_dill", "dill") for name, function in DILL.items()},
 }
