@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import chat, gemma, griffin, nfnet, studies
+from configs import chat, gemma, griffin, image_studies, nfnet, studies
 from configs.schema import Config
 
 RELEASED: dict[str, Callable[[], Config]] = {
@@ -24,4 +24,5 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **RELEASED,
     **{f"{name}-chat": chat.chat(experiment) for name, experiment in {**TINY, **RELEASED}.items()},
     **studies.STUDIES,
+    **image_studies.STUDIES,
 }

@@ -175,6 +175,13 @@ def study(argv: list[str]) -> int:
     return main(argv)
 
 
+def probe(argv: list[str]) -> int:
+    """a linear classifier on the features of an image run: probe RUN [--data.field VALUE]"""
+    from launch.probe import main
+
+    return main(argv)
+
+
 def configs(argv: list[str]) -> int:
     """list the experiments"""
     from launch.config_commands import configs as run
@@ -208,6 +215,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": checkpoint,
     "data": data,
     "study": study,
+    "probe": probe,
 }
 
 

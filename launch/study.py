@@ -13,6 +13,7 @@ from configs.suggestions import perhaps
 from launch.studies import STUDIES
 from launch.studies.study import Study, new_figure
 
+DIVERGED = 5  # exit code
 USAGE = """\
 podwright study NAME [--to DIR] [--full] [--section.field VALUE ...]
 Trains the study's runs in DIR (runs/study-NAME), one after the other, and leaves figures.json and plot.svg there.
@@ -29,18 +30,26 @@ def main(argv: list[str]) -> int:
     study = STUDIES[name]
     configs = study.full if "--full" in rest else study.configs
     options = {"to": "DIR", "full": ""}
-    resolved = [resolve(config, rest, options) for config in configs]  # mistakes are told before anything trains
+    runs_words = {config: [*config.split()[1:], *rest] for config in configs}
+    # Mistakes are told before anything trains.
+    resolved = [resolve(config.split()[0], words, options) for config, words in runs_words.items()]
     folder = pathlib.Path(resolved[0].options.get("to") or f"runs/study-{name}")
     figure = new_figure()
-    runs = {config: folder / config for config in configs}
+    runs = {config: folder / folder_name(config) for config in configs}
     for config, run in runs.items():
-        command = ["train", config, "--run", str(run), *overrides(rest)]
+        name, *own = config.split()
+        command = ["train", name, "--run", str(run), *own, *overrides(rest)]
         print(f"\n$ {shlex.join(['podwright', *command])}", flush=True)
         code = subprocess.run([sys.executable, "-m", "launch", *command]).returncode
-        if code:
+        if code and not (study.may_diverge and code == DIVERGED):
             return code
     report(study, runs, folder, figure)
     return 0
+
+
+def folder_name(words: str) -> str:
+    """`agc --optimizer.learning_rate 0.2` -> `agc-learning_rate-0.2`."""
+    return "-".join(word.rpartition(".")[2] if word.startswith("--") else word for word in words.split())
 
 
 def overrides(argv: list[str]) -> list[str]:

@@ -1,10 +1,13 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import long_context, recall
+from launch.studies import agc, digits, long_context, recall, scaling
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
     "long-context": long_context.STUDY,
     "selective-copy": recall.SELECTIVE_COPY,
     "induction": recall.INDUCTION,
+    "agc": agc.STUDY,
+    "digits": digits.STUDY,
+    "convnets-scale": scaling.STUDY,
 }

@@ -15,11 +15,12 @@ COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  #
 @dataclass(frozen=True)
 class Study:
     question: str  # one line
-    configs: tuple[str, ...]  # small enough for a laptop
+    configs: tuple[str, ...]  # small enough for a laptop; a config's name, and overrides
     full: tuple[str, ...]  # as published
-    measure: Callable[[dict[str, pathlib.Path]], Figures]  # run folders by config name, all of them trained
+    measure: Callable[[dict[str, pathlib.Path]], Figures]  # run folders by those words, all of them trained
     table: Callable[[Figures], list[str]]
     draw: Callable[[Figures, Any], None]  # on a matplotlib figure
+    may_diverge: bool = False  # whether a run that ends in NaNs is a result, too
 
 
 def family(config: str) -> str:

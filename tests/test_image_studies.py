@@ -1,0 +1,124 @@
+"""The parts of NFNet's studies that figures rest on, against closed forms and scikit-learn; and a probe of a run."""
+
+import numpy as np
+import pytest
+from runs import finish, train_command
+from sklearn.linear_model import LogisticRegression
+
+from configs.overrides import resolve
+from data import open_data
+from data.images import load_digits
+from launch.cli import main
+from launch.studies import STUDIES
+from launch.studies.digits import convnet_shapes, convnet_width
+from launch.studies.scaling import frontier, full_runs, power_law, runs
+from launch.study import folder_name
+from trainer.linear import fit, scores
+
+
+def test_logistic_regression_is_scikit_learns():
+    """Its C is 1 / (decay * rows); features are standardised first."""
+    pixels, labels = load_digits()
+    x, y = pixels.reshape(len(pixels), -1).astype(np.float32), labels.astype(np.int32)
+    ours = fit(x[:1400], y[:1400], 10, decay=0.01)
+    standard = (x - ours.mean) / ours.scale
+    theirs = LogisticRegression(C=1 / (0.01 * 1400), max_iter=2000, tol=1e-8).fit(standard[:1400], y[:1400])
+    np.testing.assert_allclose(ours.kernel.T, theirs.coef_, atol=2e-3)
+    found = scores(ours, x[1400:], y[1400:])
+    assert found["error_rate"] == pytest.approx(1 - theirs.score(standard[1400:], y[1400:]), abs=1e-9)
+    p = theirs.predict_proba(standard[1400:])[np.arange(397), y[1400:]]
+    assert found["loss"] == pytest.approx(-np.log(p).mean(), rel=1e-3)
+
+
+def test_the_law_of_points_on_a_line_is_that_line():
+    points = [{"flops": c, "loss": 40 * c**-0.25} for c in (1e9, 1e10, 3e11, 2e12)]
+    law = power_law(points)
+    assert (law["a"], law["b"]) == (pytest.approx(40), pytest.approx(-0.25))
+    assert law["error"] < 1e-9
+    assert power_law(points[:2]) is None
+
+
+def test_the_error_of_the_exponent_covers_the_truth():
+    """Of 400 draws of noisy points, about 95 % lie within Student's t of 6 degrees of freedom, 2.447 errors."""
+    rng, x = np.random.default_rng(0), 10.0 ** np.arange(9, 17)
+    inside = 0
+    for _ in range(400):
+        law = power_law([{"flops": c, "loss": 40 * c**-0.2 * np.exp(0.05 * rng.normal())} for c in x])
+        inside += abs(law["b"] + 0.2) < 2.447 * law["error"]
+    assert 0.92 < inside / 400 < 0.98
+
+
+def test_the_frontier_has_what_nothing_cheaper_beats():
+    rows = [{"flops": f, "loss": loss} for f, loss in [(1, 3.0), (2, 3.5), (2, 2.5), (4, 2.4), (8, 2.45), (16, 2.0)]]
+    assert [row["flops"] for row in frontier(rows)] == [1, 2, 4, 16]
+
+
+def test_the_grid_is_the_papers():
+    """arXiv 2310.16764: six sizes, budgets of 0.25 to 8 epochs of 976 thousand steps, learning rates in factors of two."""
+    grid = full_runs()
+    assert len(grid) == 6 * 6 * 3
+    assert grid["nfnet-f7plus-pretrain --trainer.steps 7812500 --optimizer.learning_rate 1.6"] == ("f7plus", 8, 1.6)
+    assert {rate for _, _, rate in grid.values()} == {0.4, 0.8, 1.6}
+    assert {rate for _, _, rate in runs().values()} == {0.05, 0.1, 0.2}
+
+
+def test_every_study_of_images_has_runs_that_can_start():
+    for name in ("agc", "digits", "convnets-scale"):
+        for group in (STUDIES[name].configs, STUDIES[name].full):
+            folders = set()
+            for words in group:
+                config, *rest = words.split()
+                resolve(config, rest)
+                folders.add(folder_name(words))
+            assert len(folders) == len(group)
+
+
+def test_the_plain_convnet_is_as_large():
+    sizes = {w: sum(np.prod(shape) for shape in convnet_shapes(w)) for w in (3, 40)}
+    assert convnet_width(int(sizes[40])) == 40
+    assert sizes[3] == 9 * (3 + 9 + 18 + 36 + 72 + 144) + (3 + 3 + 6 + 6 + 12 + 12) + 12 * 10 + 10
+
+
+@pytest.mark.multiprocess
+def test_a_run_is_probed_and_passes_its_parameters_on(tmp_path, capsys):
+    """A linear classifier on its features, kept for the next time; and fine-tuning with another head, from its average."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    options = ["--trainer.steps", "12", "--eval.every", "0", "--optimizer.ema", "0.9"]
+    code, out, err = finish(train_command("nfnet-tiny", base, *options))
+    assert code == 0, err
+    assert "ema_error_rate" in out
+
+    assert main(["probe", str(base)]) == 0
+    told = capsys.readouterr().out
+    assert float(told.split("error_rate ")[1].split(",")[0]) < 0.2  # of a network that has hardly learned
+    [kept] = (base / "features").iterdir()
+    train = open_data(resolve("nfnet-tiny").config.data).train
+    with np.load(kept) as found:
+        assert found["train_features"].shape == (len(train), 32)
+        np.testing.assert_array_equal(found["train_labels"], train.labels)
+    before = kept.stat().st_mtime_ns
+    assert main(["probe", str(base)]) == 0
+    assert capsys.readouterr().out == told
+    assert kept.stat().st_mtime_ns == before
+
+    command = train_command(
+        "nfnet-tiny", tuned, "--trainer.steps", "1", "--finetune.base", str(base), *["--model.num_classes", "12"]
+    )
+    code, _, err = finish(command)
+    assert code == 2
+    assert err.endswith(
+        f"finetune.base={str(base)!r} tells 10 classes apart, but model.num_classes=12: finetune.new_head=true starts the "
+        "classifier anew\n"
+    )
+    rate = ["--finetune.new_head", "true", "--optimizer.learning_rate", "1e-20", "--optimizer.adaptive_clip", "0"]
+    code, out, err = finish([*command, *rate])
+    assert code == 0, err
+    from runs import saved_arrays
+
+    average, got = saved_arrays(base, 12), saved_arrays(tuned, 1)
+    assert got["model.head.kernel"].shape == (32, 12)
+    same = [name for name in got if name.startswith("model.") and "head" not in name]
+    assert len(same) > 20
+    for name in same:
+        np.testing.assert_array_equal(got[name], average[name.replace("model.", "ema.", 1)])
+    assert not np.array_equal(average["model.stem.conv_0.kernel"], average["ema.stem.conv_0.kernel"])
