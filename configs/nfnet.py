@@ -51,14 +51,14 @@ class Size:
 
 
 SIZES = {
-    "f0": Size(1, 192, 256, 0.2, 5),
-    "f1": Size(2, 224, 320, 0.3, 10),
-    "f2": Size(3, 256, 352, 0.4, 10),
-    "f3": Size(4, 320, 416, 0.4, 15),
-    "f4": Size(5, 384, 512, 0.5, 15),
-    "f5": Size(6, 416, 544, 0.5, 15),
-    "f6": Size(7, 448, 576, 0.5, 15),
-    "f7": Size(8, 480, 608, 0.5, 15),
+    "f0": Size(1, 192, 256, 0.2, 5.0),
+    "f1": Size(2, 224, 320, 0.3, 10.0),
+    "f2": Size(3, 256, 352, 0.4, 10.0),
+    "f3": Size(4, 320, 416, 0.4, 15.0),
+    "f4": Size(5, 384, 512, 0.5, 15.0),
+    "f5": Size(6, 416, 544, 0.5, 15.0),
+    "f6": Size(7, 448, 576, 0.5, 15.0),
+    "f7": Size(8, 480, 608, 0.5, 15.0),
 }
 VARIANTS = tuple(f"{variant}{'plus' * plus}" for plus in (False, True) for variant in SIZES)
 WEB = ("f0", "f1", "f3", "f4", "f7", "f3plus", "f4plus", "f7plus")  # that either paper pretrained on JFT
