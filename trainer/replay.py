@@ -127,7 +127,7 @@ def gradient_norms(
     """Norm of the gradient before clipping, by parameter; () or, of a stack of layers, (layers,)."""
     key = jax.random.fold_in(jax.random.key(config.trainer.seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
-    gradient, _ = mean_gradient(loss, task.weight, state.model, batch, key, config.trainer.microbatches)
+    gradient, _ = mean_gradient(loss, task.weight, state.model, batch, key, config.trainer.microbatches, task.prepare)
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         name = path_name(path)

@@ -59,7 +59,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
-    gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches)
+    gradient, metrics = mean_gradient(loss, task.weight, state.model, batch, key, microbatches, task.prepare)
     norm = optax.tree.norm(gradient)
     metrics |= {"grad_norm": norm}
     bad, recent = ~jnp.isfinite(norm), None
@@ -98,12 +98,23 @@ def counted_on(opt_state: Any) -> Any:
 
 
 def mean_gradient(
-    loss: Callable, weight: Callable[[Batch], jax.Array], model: Any, batch: Batch, key: jax.Array, microbatches: int
+    loss: Callable,
+    weight: Callable[[Batch], jax.Array],
+    model: Any,
+    batch: Batch,
+    key: jax.Array,
+    microbatches: int,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient and metrics of a task's `loss` over a batch; with several microbatches, of one after another.
 
-    A microbatch counts by its share of the batch's weight, so that the sums are those of the whole batch.
+    A microbatch counts by its share of the batch's weight, so that the sums are those of the whole batch. What a task
+    prepares, and the way back through it, which is linear in the gradient, is done once for all.
     """
+    if prepare:
+        prepared, back = jax.vjp(prepare, model)
+        gradient, metrics = mean_gradient(loss, weight, prepared, batch, key, microbatches)
+        return back(gradient)[0], metrics
     gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
         return gradient(model, batch, key)

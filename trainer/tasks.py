@@ -38,6 +38,7 @@ class Task:
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool]  # parameter name -> adaptive clipping applies
     learns: Callable[[str], bool] | None = None  # parameter name -> it is trained; None: all are
+    prepare: Callable[[Any], Any] | None = None  # model -> what `loss` takes in its place; done once a step
     whole: Callable[[Any], Any] = lambda model: model  # what is trained -> the model that is sampled from
     with_base: Callable[[Any, Any], Any] = lambda model, base: (
         base
@@ -163,6 +164,7 @@ def image_classification(config: Config) -> Task:
         flops_per_step=data.batch_size * family.train_flops(config.model, data.image_size),
         decays=family.decays,
         clips=family.clips,
+        prepare=family.prepare,
     )
 
 
