@@ -14,9 +14,8 @@ class Family:
     train_flops: Callable[..., float]  # (config, tokens a row or pixels a side) -> FLOPs a token or image
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool] = lambda name: True  # parameter name -> adaptive gradient clipping applies
-    below_head: Callable[..., int] = lambda config, name: (
-        0
-    )  # (config, parameter name) -> blocks between it and the head
+    below_head: Callable[..., int] = lambda config, name: 0  # (config, parameter name) -> blocks between it and the head
+    prepare: Callable | None = None  # model -> what gives the same and costs less when it is called several times
     init_state: Callable | None = (
         None  # (config, batch, dtype, spec, capacity) -> what a model passes on from call to call
     )
@@ -25,5 +24,7 @@ class Family:
 FAMILIES = {
     "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays, init_state=state.init_state),
     "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays, init_state=state.init_state),
-    "nfnet": Family(nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips, nfnet.below_head),
+    "nfnet": Family(
+        nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips, nfnet.below_head, prepare=nfnet.standardised
+    ),
 }

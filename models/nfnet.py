@@ -5,7 +5,7 @@ squeeze-excite. Shapes: B images, H height, W width, C channels (I in, O out), K
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from configs.schema import NFNetConfig
-from models.params import Init, Initialiser, normal, ones, truncated_normal, zeros
+from models.convolution import conv, dense, for_stride
+from models.params import Init, Initialiser, normal, ones, path_name, truncated_normal, zeros
 from models.remat import Remat, named, rematted
-from models.sequence import left_halo, right_halo
 
 # 1 / std(gelu(z)) for z ~ N(0, 1), so that an activation keeps unit variance (sec. 2); the released code's constant.
 GELU_GAIN = 1.7015043497085571
@@ -147,51 +146,6 @@ def scaled_gelu(x: jax.Array, approximate: bool) -> jax.Array:
     return GELU_GAIN * jax.nn.gelu(x, approximate=approximate)
 
 
-def conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """BHWI, KKIO, O -> BHWO in x's dtype. SAME as in TensorFlow: a stride of 2 on an even side pads (0, 1), not (1, 1).
-
-    Each device convolves its own images, or its own rows of images that it shares, to which its neighbours add those that
-    the kernel reaches. Left to partition a grouped convolution, XLA gathers the whole batch on every device
-    (openxla/xla#47945) and, with jax 0.10.2, multiplies the kernel's gradient by the size of a mesh axis that divides
-    nothing. Written out, the gradient is also summed over devices in float32.
-    """
-
-    images, whole = jax.typeof(x).sharding.spec, PartitionSpec()
-    rows = images[1]  # the mesh axis that divides an image's rows; None where images are whole
-    devices = axes_of(images[0]) + axes_of(rows)
-    side, numbers = kernel.shape[0], ("NHWC", "HWIO", "NHWC")
-
-    def local(x, kernel, bias):
-        kernel, bias = (lax.pcast(w, devices, to="varying").astype(x.dtype) for w in (kernel, bias))
-        strides = (stride, stride)
-        padding = lax.padtype_to_pads(x.shape[1:3], (side, side), strides, "SAME")
-        if rows:  # the stride divides a device's rows, so each is padded as the whole is: with zeros at the ends
-            (above, below), padding = padding[0], [(0, 0), padding[1]]
-            x = jnp.concatenate([left_halo(x, above, rows), x, right_halo(x, below, rows)], axis=1)
-        y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers, feature_group_count=groups)
-        return y + bias[None, None, None, :]
-
-    return jax.shard_map(local, in_specs=(images, whole, whole), out_specs=images)(x, kernel, bias)
-
-
-def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that divide one dimension."""
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def for_stride(x: jax.Array, stride: int) -> jax.Array:
-    """x (BHWC) such that every device's rows are a multiple of the stride. Where devices that share an image have others, from
-    here on each takes whole images: its own part of them, or, if there are too few, all of them."""
-    batch, rows, *_ = jax.typeof(x).sharding.spec
-    mesh = jax.sharding.get_abstract_mesh()
-    sharing = math.prod(mesh.shape[axis] for axis in axes_of(rows))
-    if x.shape[1] % (sharing * stride) == 0 or not rows:
-        return x
-    everyone = axes_of(batch) + axes_of(rows)
-    enough = x.shape[0] % math.prod(mesh.shape[axis] for axis in everyone) == 0
-    return jax.sharding.reshard(x, PartitionSpec(everyone if enough else batch, None, None, None))
-
-
 def halve(x: jax.Array) -> jax.Array:
     """Means of 2x2 windows, BHWC -> B ceil(H/2) ceil(W/2) C; an odd side's padding does not count in the mean.
 
@@ -206,13 +160,13 @@ def halve(x: jax.Array) -> jax.Array:
     return mean.astype(x.dtype)
 
 
-def squeeze_excite(x: jax.Array, w_in: jax.Array, b_in: jax.Array, w_out: jax.Array, b_out: jax.Array) -> jax.Array:
+def squeeze_excite(x: jax.Array, squeeze: "Dense", excite: "Dense") -> jax.Array:
     """Scales channels by gates in (0, 2) from the image's mean, BHWC -> BHWC. Gates in float32: they cost little.
 
     Plain ReLU, as in the released code; the GELU in the paper's appendix is not what was trained.
     """
-    hidden = jax.nn.relu(jnp.mean(x, axis=(1, 2), dtype=jnp.float32) @ w_in + b_in[None, :])
-    gates = 2 * jax.nn.sigmoid(hidden @ w_out + b_out[None, :])
+    hidden = jax.nn.relu(squeeze(jnp.mean(x, axis=(1, 2), dtype=jnp.float32), x.dtype))
+    gates = 2 * jax.nn.sigmoid(excite(hidden, x.dtype))
     return x * gates.astype(x.dtype)[:, None, None, :]
 
 
@@ -228,11 +182,6 @@ def drop_branches(x: jax.Array, key: jax.Array, drop_rate: jax.Array) -> jax.Arr
 
 def dropout(x: jax.Array, key: jax.Array, drop_rate: float) -> jax.Array:
     return x * keep_mask(key, drop_rate, x.shape).astype(x.dtype) / (1 - drop_rate)
-
-
-def gather(w: jax.Array) -> jax.Array:
-    """The array whole on every device: here a layer of a fully sharded model collects its parameters."""
-    return jax.sharding.reshard(w, PartitionSpec())
 
 
 # --- modules own parameters -------------------------------------------------------------------------------------------
@@ -262,14 +211,17 @@ class Conv(nnx.Module):
         self.bias = init.param("bias", (channels_out,), (None,), zeros)
         self.eps_mode, self.stride, self.groups = eps_mode, stride, groups
 
+    def standardised(self) -> jax.Array:
+        """Statistics belong to one output channel, so each device standardises the channels it stores."""
+        return standardise_weight(self.kernel[...], self.gain[...], self.eps_mode)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Statistics belong to one output channel, so each device standardises the channels it stores.
-        kernel = standardise_weight(self.kernel[...], self.gain[...], self.eps_mode)
-        return conv(x, gather(kernel), self.bias[...], self.stride, self.groups)
+        """With the kernel as it is: see `Standardised`."""
+        return conv(x, self.kernel[...], self.bias[...], self.stride, self.groups)
 
 
 class Dense(nnx.Module):
-    """Kernel IO and bias of a plain dense layer; used through `weights`."""
+    """Dense layer with bias, BI -> BO in float32."""
 
     def __init__(
         self, init: Init, features_in: int, features_out: int, axes: tuple[str | None, ...], initialiser: Initialiser
@@ -277,8 +229,8 @@ class Dense(nnx.Module):
         self.kernel = init.param("kernel", (features_in, features_out), axes, initialiser)
         self.bias = init.param("bias", (features_out,), (None,), zeros)
 
-    def weights(self) -> tuple[jax.Array, jax.Array]:
-        return gather(self.kernel[...]), self.bias[...]
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return dense(x, self.kernel[...], self.bias[...], dtype)
 
 
 class Block(nnx.Module):
@@ -312,7 +264,7 @@ class Block(nnx.Module):
         h = named(self.spatial_0(activate(h)), "spatial")
         h = named(self.spatial_1(activate(h)), "spatial")
         h = named(self.expand(activate(h)), "expand")
-        h = squeeze_excite(h, *self.squeeze.weights(), *self.excite.weights())
+        h = squeeze_excite(h, self.squeeze, self.excite)
         if key is not None and self.config.stochastic_depth:
             h = drop_branches(h, key, drop_rate)
         return shortcut + self.config.alpha * self.skip_gain[...].astype(h.dtype) * h
@@ -340,20 +292,31 @@ class NFNet(nnx.Module):
         head_axes = ("channels_out", None)
         self.head = Dense(init.scope("head"), config.head_width, config.num_classes, head_axes, normal(0.01**2))
 
-    def __call__(
+    def __call__(self, images: jax.Array, **options) -> jax.Array:
+        return standardised(self)(images, **options)
+
+    def logits(
         self, images: jax.Array, *, dtype=jnp.float32, dropout_key: jax.Array | None = None, remat: Remat = "none"
     ) -> jax.Array:
-        """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped.
+        """Of `Standardised`, which says what is what."""
+        *keys, last = (None,) if dropout_key is None else jax.random.split(dropout_key, sum(self.config.depths) + 1)
+        features = self.pooled(images, dtype, keys or None, remat)
+        if last is not None and self.config.dropout:
+            features = dropout(features, last, self.config.dropout)
+        return jax.sharding.reshard(self.head(features, dtype), self.spec("batch", None))
 
-        `remat` of "layer", or of names, recomputes each block in the backward pass.
-        """
+    def features(self, images: jax.Array, *, dtype=jnp.float32) -> jax.Array:
+        """Images BHWC -> what the classifier sees of them, (B head_width), in float32."""
+        return standardised(self).network.pooled(images, dtype, None, "none")
+
+    def pooled(self, images: jax.Array, dtype: jnp.dtype, keys: Sequence[jax.Array] | None, remat: Remat) -> jax.Array:
+        """With the kernels as they are; a key for each block, or None."""
         config = self.config
         x = jax.sharding.reshard(images.astype(dtype), self.spec("batch", "seq", None, None))
         for i, stride in enumerate(STEM_STRIDES):  # no activation after the last one: blocks start with theirs
             x = x if i == 0 else scaled_gelu(x, config.gelu_approximate)
             x = self.stem[f"conv_{i}"](for_stride(x, stride))
         plans = list(plan_blocks(config))
-        keys = None if dropout_key is None else jax.random.split(dropout_key, len(plans) + 1)
         variances = jnp.asarray([plan.expected_variance for plan in plans], jnp.float32)
         drop_rates = jnp.asarray([plan.drop_rate for plan in plans], jnp.float32)
 
@@ -376,8 +339,32 @@ class NFNet(nnx.Module):
                 with jax.named_scope(f"stage_{s}/blocks"):
                     x, _ = lax.scan(lambda x, one: (run(x, one[0], one[1], in_scan=True), None), x, stacked)
         x = scaled_gelu(self.final_conv(x), config.gelu_approximate)
-        features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        if keys is not None and config.dropout:
-            features = dropout(features, keys[-1], config.dropout)
-        kernel, bias = self.head.weights()
-        return jax.sharding.reshard(features @ kernel + bias[None, :], self.spec("batch", None))
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Standardised:
+    """A network whose convolutions have standardised kernels, in float32 and divided over the devices as their own are."""
+
+    network: NFNet
+
+    def __call__(self, images: jax.Array, **options) -> jax.Array:
+        """Images BHWC -> logits [B, classes] in float32. `dropout_key` of None is evaluation: nothing is dropped.
+
+        `remat` of "layer", or of names, recomputes each block in the backward pass.
+        """
+        return self.network.logits(images, **options)
+
+
+def standardised(network: NFNet) -> Standardised:
+    """Done once a step, before there are microbatches and layers that the backward pass computes again."""
+
+    def ready(conv: Conv) -> Conv:
+        kernel = conv.standardised()
+        return jax.tree_util.tree_map_with_path(lambda path, w: kernel if path_name(path) == "kernel" else w, conv)
+
+    def is_conv(node: object) -> bool:
+        return isinstance(node, Conv)
+
+    return Standardised(jax.tree.map(lambda node: ready(node) if is_conv(node) else node, network, is_leaf=is_conv))

@@ -127,9 +127,8 @@ def gradient_norms(
     """Norm of the gradient before clipping, by parameter; () or, of a stack of layers, (layers,)."""
     key = jax.random.fold_in(jax.random.key(config.trainer.seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
-    gradient, _ = mean_gradient(
-        jax.grad(loss, has_aux=True), task.weight, state.model, batch, key, config.trainer.microbatches
-    )
+    one = jax.grad(loss, has_aux=True)
+    gradient, _ = mean_gradient(one, task.weight, state.model, batch, key, config.trainer.microbatches, task.prepare)
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         name = path_name(path)

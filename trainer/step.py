@@ -69,8 +69,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
     local = bool(config.sam_rho) and config.sam_ascent == "local"
-    one = local_gradient(task, config) if local else jax.grad(loss, has_aux=True)
-    find = functools.partial(mean_gradient, one, task.weight, key=key, microbatches=microbatches)
+    one, prepare = (local_gradient(task, config), None) if local else (jax.grad(loss, has_aux=True), task.prepare)
+    find = functools.partial(mean_gradient, one, task.weight, key=key, microbatches=microbatches, prepare=prepare)
     at = state.model
     if config.sam_rho and not local:
         at = climbed(at, find(at, first_rows(batch, config.sam_share))[0], config.sam_rho)
@@ -129,11 +129,17 @@ def mean_gradient(
     batch: Batch,
     key: jax.Array,
     microbatches: int,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient and metrics over a batch; with several microbatches, of one after another.
 
-    A microbatch counts by its share of the batch's weight, so that the sums are those of the whole batch.
+    A microbatch counts by its share of the batch's weight, so that the sums are those of the whole batch. What a task
+    prepares, and the way back through it, which is linear in the gradient, is done once for all.
     """
+    if prepare:
+        prepared, back = jax.vjp(prepare, model)
+        found, metrics = mean_gradient(gradient, weight, prepared, batch, key, microbatches)
+        return back(found)[0], metrics
     if microbatches == 1:
         return gradient(model, batch, key)
     total = jnp.maximum(weight(batch), 1.0)

@@ -39,6 +39,7 @@ class Task:
     clips: Callable[[str], bool]  # parameter name -> adaptive clipping applies
     learns: Callable[[str], bool] | None = None  # parameter name -> it is trained; None: all are
     rates: Callable[[str], float] | None = None  # parameter name -> of the learning rate; None: 1 for all
+    prepare: Callable[[Any], Any] | None = None  # model -> what `loss` takes in its place; done once a step
     whole: Callable[[Any], Any] = lambda model: model  # what is trained -> the model that is sampled from
     with_base: Callable[[Any, Any], Any] = refilled  # (what init gave, model to start from) -> what is trained
 
@@ -190,6 +191,7 @@ def image_classification(config: Config) -> Task:
         if finetune.layer_decay == 1
         else lambda name: finetune.layer_decay ** family.below_head(model_config, name),
         with_base=with_base,
+        prepare=family.prepare,
     )
 
 
