@@ -14,7 +14,9 @@ class Family:
     train_flops: Callable[..., float]  # (config, tokens a row or pixels a side) -> FLOPs a token or image
     decays: Callable[[str], bool]  # parameter name -> weight decay applies
     clips: Callable[[str], bool] = lambda name: True  # parameter name -> adaptive gradient clipping applies
-    below_head: Callable[..., int] = lambda config, name: 0  # (config, parameter name) -> blocks between it and the head
+    below_head: Callable[..., int] = lambda config, name: (
+        0
+    )  # (config, parameter name) -> blocks between it and the head
     prepare: Callable | None = None  # model -> what gives the same and costs less when it is called several times
     init_state: Callable | None = (
         None  # (config, batch, dtype, spec, capacity) -> what a model passes on from call to call

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runs import finish, train_command
+from runs import finish, saved_arrays, train_command
 from sklearn.linear_model import LogisticRegression
 
 from configs.overrides import resolve
@@ -113,12 +113,10 @@ def test_a_run_is_probed_and_passes_its_parameters_on(tmp_path, capsys):
     rate = ["--finetune.new_head", "true", "--optimizer.learning_rate", "1e-20", "--optimizer.adaptive_clip", "0"]
     code, out, err = finish([*command, *rate])
     assert code == 0, err
-    from runs import saved_arrays
-
     average, got = saved_arrays(base, 12), saved_arrays(tuned, 1)
-    assert got["model.head.kernel"].shape == (32, 12)
-    same = [name for name in got if name.startswith("model.") and "head" not in name]
+    assert got["model/head/kernel"].shape == (32, 12)
+    same = [name for name in got if name.startswith("model/") and "head" not in name]
     assert len(same) > 20
     for name in same:
-        np.testing.assert_array_equal(got[name], average[name.replace("model.", "ema.", 1)])
-    assert not np.array_equal(average["model.stem.conv_0.kernel"], average["ema.stem.conv_0.kernel"])
+        np.testing.assert_array_equal(got[name], average[name.replace("model/", "ema/", 1)])
+    assert not np.array_equal(average["model/stem/conv_0/kernel"], average["ema/stem/conv_0/kernel"])
