@@ -16,10 +16,11 @@ from configs.finetune import FinetuneConfig
 from configs.overrides import resolve
 from configs.schema import MeshConfig
 from models.params import named_leaves
-from sharding.mesh import make_mesh
+from sharding.mesh import abstract_mesh, make_mesh
 from sharding.rules import rules_for
 from trainer.evaluate import place_batch
 from trainer.optimizers import adaptive_clip, make_optimizer, make_schedule, scaled
+from trainer.program import make_program
 from trainer.sam import climbed
 from trainer.step import averaged, init_state, train_step
 from trainer.tasks import make_task
@@ -229,6 +230,20 @@ def test_microbatches_climb_to_the_same_place(one_device):
     parts, _ = steps(one_device, 2, *WARM, "--trainer.microbatches", "4")
     for (name, a), b in zip(named_leaves(whole).items(), named_leaves(parts).values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["nfnet-f0", "nfnet-f0-finetune"])
+def test_a_published_step_fits_together_on_a_pod(name):
+    """Shapes and shardings of 64 chips, none of them there; the second climbs with parameters that are whole on each."""
+    config = EXPERIMENTS[name]()
+    mesh = abstract_mesh(config.mesh, 64)
+    with jax.sharding.use_abstract_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # optax's cosine wants that
+        program = make_program(config, make_task(config), mesh)
+        state, metrics = program.trace().out_info
+    assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.state)
+    specs = [jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (state.model, program.state.model)]
+    assert specs[0] == specs[1]
+    assert metrics["loss"].shape == ()
 
 
 # --- losses and metrics ------------------------------------------------------------------------------------------------------

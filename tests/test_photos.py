@@ -159,6 +159,20 @@ def test_bad_images_are_reported_and_replaced(folder, tmp_path):
         assert np.array_equal(alone["images"][0], batch["images"][place])
 
 
+def test_images_smaller_than_the_crop_are_enlarged(tmp_path):
+    """One of one pixel, too; grey, CMYK and transparent ones are in test_image_operations.py."""
+    (tmp_path / "ant").mkdir()
+    for i, (height, width) in enumerate([(1, 1), (3, 5), (2, 30), (31, 32)] * 6):
+        (tmp_path / "ant" / f"{i}.png").write_bytes(encoded(picture(i)[:height, :width], "PNG"))
+    data = open_data(config(tmp_path, held_out=0.3, **EVERYTHING))
+    for batch in (data.train_batch(0), data.train_batch(1), data.held_out.read(np.arange(len(data.held_out)))):
+        assert taken_from(batch) == []
+        assert batch["images"].shape[1:] == (32, 32, 3)
+        assert np.isfinite(batch["images"]).all()
+    point = data.held_out.read(np.arange(len(data.held_out)))["images"]
+    assert any(np.ptp(image, axis=(0, 1)).max() < 1e-5 for image in point)  # that of one pixel has one colour
+
+
 def test_the_share_of_bad_images_is_of_all_that_are_read(folder):
     """Of mixed ones two a row, and the bad ones themselves."""
     for fields, read in ((dict(augment="crop"), 8), (dict(mixup_alpha=0.2), 16)):

@@ -42,6 +42,10 @@ def first_rows(batch: Batch, share: float) -> Batch:
     return batch if share == 1 else jax.tree.map(cut, batch)
 
 
+def of_share(gradient: Gradient, share: float) -> Gradient:
+    return lambda model, batch, key: gradient(model, first_rows(batch, share), key)
+
+
 def local_gradient(task: Task, config: OptimizerConfig) -> Gradient:
     """The mean over devices of gradients, each where the device's own rows led it."""
 

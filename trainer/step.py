@@ -15,7 +15,7 @@ from configs.optimizer import PLAIN, OptimizerConfig
 from models.params import Spec
 from trainer.guard import judge, on_device
 from trainer.offload import moments_away, moments_here
-from trainer.sam import Gradient, climbed, first_rows, local_gradient
+from trainer.sam import Gradient, climbed, local_gradient, of_share
 from trainer.tasks import Batch, Task
 
 
@@ -70,11 +70,14 @@ def train_step(
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
     local = bool(config.sam_rho) and config.sam_ascent == "local"
     one, prepare = (local_gradient(task, config), None) if local else (jax.grad(loss, has_aux=True), task.prepare)
-    find = functools.partial(mean_gradient, one, task.weight, key=key, microbatches=microbatches, prepare=prepare)
+
+    def find(one: Gradient, model: Any) -> tuple[Any, dict[str, jax.Array]]:
+        return mean_gradient(one, task.weight, model, batch, key, microbatches, prepare)
+
     at = state.model
     if config.sam_rho and not local:
-        at = climbed(at, find(at, first_rows(batch, config.sam_share))[0], config.sam_rho)
-    gradient, metrics = find(at, batch)
+        at = climbed(at, find(of_share(one, config.sam_share), at)[0], config.sam_rho)
+    gradient, metrics = find(one, at)
     norm = optax.tree.norm(gradient)
     metrics |= {"grad_norm": norm}
     bad, recent = ~jnp.isfinite(norm), None
