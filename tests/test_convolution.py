@@ -88,7 +88,9 @@ def test_gradients_are_those_of_standardising_in_every_call(microbatches, meshes
         mesh, task = make_mesh(sizes) if sizes else one_device_mesh(), make_task(settings)
         with jax.set_mesh(mesh):
             model, batch = model_and_batch(task, settings, mesh)
-            program = functools.partial(mean_gradient, task.loss, task.weight, microbatches=microbatches)
+            program = functools.partial(
+                mean_gradient, jax.grad(task.loss, has_aux=True), task.weight, microbatches=microbatches
+            )
             program = functools.partial(program, prepare=task.prepare if prepares else None)
             sooner = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
             gradient, metrics = jax.jit(program, compiler_options=sooner)(model, batch, jax.random.key(0))
@@ -121,7 +123,9 @@ def test_kernels_are_standardised_once_a_step_outside_of_loops_and_layers(one_de
     settings = config(None, 4)
     task = make_task(settings)
     model, batch = model_and_batch(task, settings, one_device)
-    program = functools.partial(mean_gradient, task.loss, task.weight, microbatches=4, prepare=task.prepare)
+    program = functools.partial(
+        mean_gradient, jax.grad(task.loss, has_aux=True), task.weight, microbatches=4, prepare=task.prepare
+    )
     found = list(primitives(jax.make_jaxpr(program)(model, batch, jax.random.key(0)).jaxpr))
     roots = [inside for eqn, inside in found if eqn.primitive.name == "rsqrt" and eqn.outvars[0].aval.ndim == 4]
     assert roots == [False] * sum(name.endswith("gain") and "skip" not in name for name in named_leaves(model))
@@ -134,7 +138,9 @@ def test_kernels_travel_in_the_compute_dtype_and_gradients_in_float32():
     task = make_task(settings)
     with jax.set_mesh(mesh):
         model, batch = model_and_batch(task, settings, mesh)
-        program = functools.partial(mean_gradient, task.loss, task.weight, microbatches=1, prepare=task.prepare)
+        program = functools.partial(
+            mean_gradient, jax.grad(task.loss, has_aux=True), task.weight, microbatches=1, prepare=task.prepare
+        )
         traced = jax.make_jaxpr(program)(model, batch, jax.random.key(0))
     types: dict[str, set] = {}
     for eqn, _ in primitives(traced.jaxpr):

@@ -145,7 +145,9 @@ def loss_and_gradient(family: str, sizes: dict[str, int]) -> dict[str, np.ndarra
         model = concrete(jax.eval_shape(lambda: task.init(jax.random.key(0), spec)), mesh)
         placed = [jax.device_put(start(family)[n], leaf.sharding) for n, leaf in named_leaves(model).items()]
         model = jax.tree.unflatten(jax.tree.structure(model), placed)
-        program = functools.partial(mean_gradient, task.loss, task.weight, microbatches=microbatches)
+        program = functools.partial(
+            mean_gradient, jax.grad(task.loss, has_aux=True), task.weight, microbatches=microbatches
+        )
         gradient, metrics = jax.jit(program)(model, place_batch(batch(config), mesh, spec), jax.random.key(1))
         same = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim), gradient, model)
         assert all(jax.tree.leaves(same))  # a gradient lies where its parameter and its moments do

@@ -21,7 +21,7 @@ def measure(folders: dict[str, pathlib.Path]) -> Figures:
     from trainer.run_folder import read_metrics
 
     found = []
-    for (rate, how), words in {**runs("agc", RATES), **runs("nfnet-f0", FULL_RATES)}.items():
+    for (rate, how), words in [*runs("agc", RATES).items(), *runs("nfnet-f0", FULL_RATES).items()]:
         if words not in folders:
             continue
         steps, evaluations = (read_metrics(folders[words], kind) for kind in ("train", "eval"))
