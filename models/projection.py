@@ -6,6 +6,7 @@ it is one reduce-scatter an axis of the mesh, half the bytes, and each on a ring
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -62,7 +63,7 @@ class Projection:
         return reshard(add(*(reshard(a, s) for a, s in zip((x, dy), specs, strict=True))), stored)
 
 
-def sum_scattered(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+def sum_scattered(x: jax.Array, axes: Sequence[str | tuple[str, ...]], dimension: int) -> jax.Array:
     """One device's part along `dimension` of the sum of x over the devices of these mesh axes, one axis after another.
 
     That dimension first, and none of size 1: otherwise XLA:TPU reduces everything.
