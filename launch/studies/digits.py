@@ -131,11 +131,11 @@ def convnet(seed: int, rate: float, width: int) -> dict[str, float]:
 
 
 def table(figures: Figures) -> list[str]:
-    lines = [f"{'':<40}{'parameters':>12}{'wrong, %':>20}{'log loss':>10}"]
+    lines = [f"{'':<40}{'parameters':>12}{'wrong, %':>26}{'log loss':>10}"]
     for one in figures["classifiers"]:
         errors, losses = ([run[name] for run in one["runs"]] for name in ("error_rate", "loss"))
         spread = f"{100 * np.mean(errors):.2f} ({', '.join(f'{100 * error:.2f}' for error in errors)})"
-        lines.append(f"{one['name']:<40}{one['parameters']:>12,}{spread:>20}{np.mean(losses):>10.3f}")
+        lines.append(f"{one['name']:<40}{one['parameters']:>12,}{spread:>26}{np.mean(losses):>10.3f}")
     return lines
 
 
