@@ -27,7 +27,7 @@ def tiny() -> Config:
 
 
 def tiny_plus() -> Config:
-    """nfnet-tiny's wider twin, whose first stage has fewer channels inside its blocks than half, as in the + variants."""
+    """nfnet-tiny's wider twin: as in the + variants, a block's middle is cut to whole groups."""
     model = NFNetConfig(stem_widths=(8, 16, 16, 48), widths=(96, 128, 160, 160), group_width=32, head_width=320)
     return Config(name="nfnet-tinyplus", model=model, data=ImageData(batch_size=64), optimizer=sgd(batch_size=64))
 

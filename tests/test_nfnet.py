@@ -180,7 +180,7 @@ def block_with(identity, transition):
         if self.shortcut:
             start = self.shortcut(nfnet.halve(start) if self.stride == 2 else start)
         h = self.spatial_1(activate(self.spatial_0(activate(self.reduce(h)))))
-        h = nfnet.squeeze_excite(self.expand(activate(h)), *self.squeeze.weights(), *self.excite.weights())
+        h = nfnet.squeeze_excite(self.expand(activate(h)), self.squeeze, self.excite)
         return start + self.config.alpha * self.skip_gain[...] * h
 
     return call
