@@ -1,8 +1,11 @@
 """The parts of NFNet's studies that figures rest on, against closed forms and scikit-learn; and a probe of a run."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from runs import finish, saved_arrays, train_command
+from scipy.stats import linregress
 from sklearn.linear_model import LogisticRegression
 
 from configs.overrides import resolve
@@ -13,6 +16,7 @@ from launch.studies import STUDIES
 from launch.studies.digits import convnet_shapes, convnet_width
 from launch.studies.scaling import frontier, full_runs, power_law, runs
 from launch.study import folder_name
+from trainer import run_folder
 from trainer.linear import fit, scores
 
 
@@ -36,6 +40,31 @@ def test_the_law_of_points_on_a_line_is_that_line():
     assert (law["a"], law["b"]) == (pytest.approx(40), pytest.approx(-0.25))
     assert law["error"] < 1e-9
     assert power_law(points[:2]) is None
+
+
+def test_the_law_of_noisy_points_is_scipys():
+    rng = np.random.default_rng(1)
+    points = [{"flops": c, "loss": 40 * c**-0.2 * np.exp(0.05 * rng.normal())} for c in 10.0 ** np.arange(9, 15)]
+    expected = linregress(*(np.log([point[name] for point in points]) for name in ("flops", "loss")))
+    law = power_law(points)
+    assert law["b"] == pytest.approx(expected.slope)
+    assert law["error"] == pytest.approx(expected.stderr)
+    assert np.log(law["a"]) == pytest.approx(expected.intercept)
+
+
+@pytest.mark.parametrize("config", ["agc", "nfnet-f0"])
+def test_every_rate_is_measured_with_and_without_clipping(monkeypatch, config):
+    """One run ended by itself, three steps before its last."""
+    words = [one for one in (*STUDIES["agc"].configs, *STUDIES["agc"].full) if one.startswith(f"{config} ")]
+    logs = {"train": {97: {}, 100: {}}, "eval": {100: {"error_rate": 0.25, "loss": 1.0}}}
+    diverged = {"train": {97: {}}, "eval": {50: {"error_rate": 0.9, "loss": 2.3}}}
+    monkeypatch.setattr(run_folder, "read_metrics", lambda run, kind: (diverged if run == words[-1] else logs)[kind])
+    steps = SimpleNamespace(trainer=SimpleNamespace(steps=100))
+    monkeypatch.setattr("trainer.evaluate.read_config", lambda run: steps)
+    found = STUDIES["agc"].measure({one: one for one in words})["runs"]
+    assert len({(run["rate"], run["clipping"]) for run in found}) == len(found) == len(words) == 8
+    assert [run["diverged_at"] for run in found] == [None] * 7 + [97]
+    assert [run["error"] for run in found] == [0.25] * 7 + [None]
 
 
 def test_the_error_of_the_exponent_covers_the_truth():
