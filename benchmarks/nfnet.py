@@ -1,6 +1,6 @@
 """NFNet: training steps on a CPU against timm in PyTorch, and what the largest published ones need on pods.
 
-Run as `python -m benchmarks.nfnet [--case CASE] [--out FILE]`; needs the extra `parity` and `pip install timm torchvision`.
+Run as `python -m benchmarks.nfnet [--case CASE] [--out FILE]`; needs the extra `parity`.
 Each side runs in a process of its own, one at a time and taking turns. `--pods` compiles F3 and F7+ for TPUs instead, without
 one; it needs the extra `tpu` and some ten minutes a line.
 """
