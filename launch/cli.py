@@ -175,6 +175,13 @@ def study(argv: list[str]) -> int:
     return main(argv)
 
 
+def sweep(argv: list[str]) -> int:
+    """train the runs of a sweep side by side, or those still missing: sweep NAME [--to DIR] [--at-once N] [--dry-run]"""
+    from launch.sweep import main
+
+    return main(argv)
+
+
 def probe(argv: list[str]) -> int:
     """a linear classifier on the features of an image run: probe RUN [--data.field VALUE]"""
     from launch.probe import main
@@ -215,6 +222,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": checkpoint,
     "data": data,
     "study": study,
+    "sweep": sweep,
     "probe": probe,
 }
 

@@ -1,0 +1,15 @@
+"""The sweeps of `podwright sweep`: one function that yields configs, and one line, each."""
+
+from collections.abc import Callable, Iterator
+
+from configs.schema import Config
+from launch.sweeps import griffins
+
+SWEEPS: dict[str, Callable[[], Iterator[Config]]] = {
+    "griffin-law": griffins.law,
+    "griffin-rates": griffins.rates,
+}
+
+
+def summary(sweep: Callable) -> str:
+    return (sweep.__doc__ or "").strip().splitlines()[0]

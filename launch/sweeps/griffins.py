@@ -1,0 +1,51 @@
+"""The Griffin paper's comparison in miniature: Hawk, Griffin and its Transformer at equal training FLOPs (arXiv 2402.19427,
+section 3.2), on Python's own sources, byte by byte."""
+
+from collections.abc import Iterator
+
+from configs.griffin import FAMILIES
+from configs.schema import CheckpointConfig, Config, EvalConfig, GriffinConfig, OptimizerConfig, TextData, TrainerConfig
+from launch.sweeps.grids import grid
+from launch.sweeps.planners import isoflop
+
+WIDTHS = {16: 24, 24: 32, 32: 40, 48: 64, 64: 88}  # of the model, and of its recurrence: four thirds, as in the paper
+BUDGETS = (2e11, 6e11, 1.8e12)
+LENGTH, ROWS, DEPTH = 128, 8, 6
+
+
+def law() -> Iterator[Config]:
+    """Griffin, Hawk and a Transformer: five sizes, three budgets of FLOPs each."""
+    for family in FAMILIES:
+        for width in WIDTHS:
+            yield from isoflop([model(family, width)], BUDGETS)
+
+
+def rates() -> Iterator[Config]:
+    """Which learning rates the smallest, the middle and the largest Griffin and Transformer of griffin-law want."""
+    for family in ("griffin", "transformer"):
+        for width in (16, 32, 64):
+            (config,) = isoflop([model(family, width)], BUDGETS[1:2])
+            rate = config.optimizer.learning_rate
+            yield from grid(config, {"optimizer.learning_rate": [rate / 2, rate, 2 * rate]})
+
+
+def model(family: str, width: int) -> Config:
+    """Of two groups of three layers. Learning rates fall as one over the width."""
+    pattern, _ = FAMILIES[family]
+    return Config(
+        name=f"{family}-law-{width}",
+        model=GriffinConfig(
+            width=width,
+            depth=DEPTH,
+            rnn_width=WIDTHS[width],
+            mlp_width=3 * width,
+            num_heads=width // 8,
+            pattern=pattern,
+            window=LENGTH if family == "transformer" else LENGTH // 2,
+        ),
+        data=TextData(sequence_length=LENGTH, batch_size=ROWS),
+        optimizer=OptimizerConfig(learning_rate=0.01 * 16 / width, warmup_steps=100),
+        trainer=TrainerConfig(remat="none", log_every=50),
+        checkpoint=CheckpointConfig(every=10**6),
+        eval=EvalConfig(every=0, batches=64),
+    )
