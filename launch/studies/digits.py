@@ -1,7 +1,6 @@
 """A tiny NFNet and simpler classifiers on scikit-learn's digits: is the network worth its parts?
 
-The rivals' learning rates and decays are chosen on the held-out digits themselves, the NFNet's are not: the comparison leans
-their way.
+Learning rates, and the decay, are chosen on the held-out digits, of four for each classifier: nobody is favoured.
 """
 
 import dataclasses
@@ -18,10 +17,14 @@ from data.images import Images
 from launch.studies.study import Figures, Study
 
 SEEDS = (0, 1, 2)
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = {"NFNet": (0.2, 0.4, 0.8, 1.6), "plain ConvNet": (0.01, 0.03, 0.1, 0.3)}
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
-NFNET = "NFNet"
-RUNS = tuple(f"digits-nfnet --trainer.seed {seed} --data.seed {seed}" for seed in SEEDS)
+NFNET, CONVNET = RATES
+RUNS = {
+    f"digits-nfnet --optimizer.learning_rate {rate} --trainer.seed {seed} --data.seed {seed}": rate
+    for rate in RATES[NFNET]
+    for seed in SEEDS
+}
 
 
 def measure(folders: dict[str, pathlib.Path]) -> Figures:
@@ -29,26 +32,34 @@ def measure(folders: dict[str, pathlib.Path]) -> Figures:
 
     from launch.studies.study import trained
 
-    finals, parameters = [], 0
-    for folder in folders.values():
-        with trained(folder) as (_, model, _):
-            parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
-        finals.append(last_evaluation(folder))
+    found: dict[float, list[dict[str, float]]] = {rate: [] for rate in RATES[NFNET]}
+    for words, folder in folders.items():
+        found[RUNS[words]].append(last_evaluation(folder))
+    with trained(next(iter(folders.values()))) as (_, model, _):
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     width = convnet_width(parameters)
-    plain = {rate: [convnet(seed, rate, width) for seed in SEEDS] for rate in RATES}
-    rate = min(plain, key=lambda rate: float(np.mean([run["error_rate"] for run in plain[rate]])))
-    linear = {decay: logistic_regression(decay) for decay in DECAYS}
-    decay = min(linear, key=lambda decay: linear[decay]["error_rate"])
+    plain = {rate: [convnet(seed, rate, width) for seed in SEEDS] for rate in RATES[CONVNET]}
+    linear = {decay: [logistic_regression(decay)] for decay in DECAYS}
+    plain_parameters = sum(math.prod(shape) for shape in convnet_shapes(width))
     return {
         "classifiers": [
-            {"name": NFNET, "parameters": parameters, "runs": finals},
-            {
-                "name": f"plain ConvNet, learning rate {rate:g}",
-                "parameters": sum(math.prod(shape) for shape in convnet_shapes(width)),
-                "runs": plain[rate],
-            },
-            {"name": f"logistic regression, decay {decay:g}", "parameters": 650, "runs": [linear[decay]]},
+            best(NFNET, "learning rate", parameters, found),
+            best(CONVNET, "learning rate", plain_parameters, plain),
+            best("logistic regression", "decay", 650, linear),
         ]
+    }
+
+
+def best(name: str, what: str, parameters: int, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
+    """The setting with the fewest mistakes, over all seeds, and how many each of them made."""
+    errors = {value: float(np.mean([run["error_rate"] for run in found])) for value, found in runs.items()}
+    value = min(errors, key=lambda value: errors[value])
+    return {
+        "name": name,
+        "setting": f"{what} {value:g}",
+        "parameters": parameters,
+        "runs": runs[value],
+        "tried": errors,
     }
 
 
@@ -135,13 +146,18 @@ def table(figures: Figures) -> list[str]:
     for one in figures["classifiers"]:
         errors, losses = ([run[name] for run in one["runs"]] for name in ("error_rate", "loss"))
         spread = f"{100 * np.mean(errors):.2f} ({', '.join(f'{100 * error:.2f}' for error in errors)})"
-        lines.append(f"{one['name']:<40}{one['parameters']:>12,}{spread:>26}{np.mean(losses):>10.3f}")
-    return lines
+        name = f"{one['name']}, {one['setting']}"
+        lines.append(f"{name:<40}{one['parameters']:>12,}{spread:>26}{np.mean(losses):>10.3f}")
+    tried = [
+        f"{one['name']}: " + ", ".join(f"{float(value):g} {100 * error:.2f}" for value, error in one["tried"].items())
+        for one in figures["classifiers"]
+    ]
+    return [*lines, "", "wrong, %, with every setting tried", *tried]
 
 
 def draw(figures: Figures, figure) -> None:
     axes = figure.subplots()
-    names = [one["name"] for one in figures["classifiers"]]
+    names = [f"{one['name']}\n{one['setting']}" for one in figures["classifiers"]]
     for place, one in enumerate(figures["classifiers"]):
         errors = [100 * run["error_rate"] for run in one["runs"]]
         axes.barh(place, np.mean(errors), color="#2166ac" if one["name"] == NFNET else "#999999", height=0.6)
@@ -153,8 +169,8 @@ def draw(figures: Figures, figure) -> None:
 
 STUDY = Study(
     question="does a tiny NFNet tell digits apart better than a plain ConvNet of its size, and than logistic regression?",
-    configs=RUNS,
-    full=RUNS,
+    configs=tuple(RUNS),
+    full=tuple(RUNS),
     measure=measure,
     table=table,
     draw=draw,
