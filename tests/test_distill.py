@@ -287,8 +287,10 @@ def loss_and_gradient(config: Config, teacher: Config, sizes: MeshConfig | None,
 
 @pytest.mark.parametrize(
     ("samples", "sizes"),
-    [(0, MeshConfig(data=2, fsdp=2, tensor=2)), (40, MeshConfig(data=1, fsdp=8))],  # 8 don't divide the teacher's width
-    ids=["all", "40 samples"],
+    [
+        pytest.param(0, MeshConfig(data=2, fsdp=2, tensor=2), id="all"),
+        pytest.param(40, MeshConfig(data=1, fsdp=8), id="40 samples", marks=pytest.mark.slow),
+    ],  # 8 don't divide the teacher's width
 )
 def test_a_griffin_teaches_a_gemma(tmp_path, samples, sizes):
     """Value against the logits of both models; the mean is over tokens that count; the same on eight devices."""
@@ -358,6 +360,7 @@ def teacher_run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_taught_run_resumes_to_the_same_bits_with_the_teacher_it_had(teacher_run, tmp_path):
     student, distill = small("gemma-tiny"), dict(teacher=str(teacher_run), samples=16)
     config = few_steps(student, 4, **distill)

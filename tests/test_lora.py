@@ -148,6 +148,7 @@ def few_steps(config, steps, **finetune):
     )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_its_base_and_resumes_to_the_same_bits(base, tmp_path):
     config = few_steps(LORA, 4, base=str(base))
     with jax.numpy_dtype_promotion("standard"):

@@ -30,6 +30,7 @@ def optax_promotes():
         yield
 
 
+@pytest.mark.slow
 def test_moments_are_the_same_bits_and_a_run_may_move_them(tmp_path):
     for name, first, second in (("device", [], []), ("moved", MOMENTS, []), ("back", [], MOMENTS)):
         for steps, words in ((2, first), (4, second)):

@@ -4,14 +4,18 @@ import signal
 
 import numpy as np
 import pytest
-from runs import SMALL, finish, saved_arrays, signal_at, start, train_command
+from runs import finish, saved_arrays, signal_at, start, train_command
 
 from trainer.run_folder import read_metrics
 
 MESH = "--mesh.simulated_devices 8 --mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
 REST = {"nfnet-tiny": "--optimizer.ema 0.999 --optimizer.sam_rho 0.05 --optimizer.sam_share 0.5"}
-CASES = [pytest.param(name, "", id=name) for name in SMALL]
-CASES.append(pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow))
+CASES = [
+    pytest.param("griffin-tiny", "", id="griffin-tiny"),
+    pytest.param("nfnet-tiny", "", id="nfnet-tiny"),
+    pytest.param("gemma-tiny", "", id="gemma-tiny", marks=pytest.mark.slow),
+    pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.multiprocess

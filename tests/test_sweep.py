@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from runs import SMALL, finish, signal_at, start
 
 from configs import EXPERIMENTS
 from configs.overrides import resolve
@@ -17,7 +18,6 @@ from launch.pool import DIVERGED, DONE, FAILED, Member, run_all
 from launch.sweep import folder_name, labels_of, main
 from launch.sweeps.grids import changed, grid, random, together
 from launch.sweeps.planners import epochs, flops_per_step, isoflop, ladder, parameters
-from tests.runs import SMALL, finish, signal_at, start
 from trainer.run_folder import read_metrics
 
 TINY = EXPERIMENTS["griffin-tiny"]()
