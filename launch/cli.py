@@ -175,6 +175,13 @@ def study(argv: list[str]) -> int:
     return main(argv)
 
 
+def fit(argv: list[str]) -> int:
+    """scaling laws of the runs in a folder, how far to trust them, and what to train next: fit SWEEP [--to DIR] [--budget FLOPS]"""
+    from launch.fit import main
+
+    return main(argv)
+
+
 def probe(argv: list[str]) -> int:
     """a linear classifier on the features of an image run: probe RUN [--data.field VALUE]"""
     from launch.probe import main
@@ -215,6 +222,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": checkpoint,
     "data": data,
     "study": study,
+    "fit": fit,
     "probe": probe,
 }
 

@@ -243,7 +243,7 @@ def lbfgs(start: np.ndarray, x: np.ndarray, z: np.ndarray, log_loss: np.ndarray)
     return float(ended.fun), ended.x
 
 
-def refit(theta: np.ndarray, x: np.ndarray, z: np.ndarray, log_losses: np.ndarray, steps: int = 80) -> np.ndarray:
+def refit(theta: np.ndarray, x: np.ndarray, z: np.ndarray, log_losses: np.ndarray, steps: int = 40) -> np.ndarray:
     """The same fit for many sets of losses (S n) at once, each from theta: iteratively reweighted least squares with
     Levenberg's damping, (S 5)."""
     thetas = np.broadcast_to(theta, (len(log_losses), 5)).copy()
