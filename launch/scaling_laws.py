@@ -226,7 +226,7 @@ def starts(x: np.ndarray, z: np.ndarray, log_loss: np.ndarray, keep: int) -> np.
     for alpha, beta in itertools.product(np.geomspace(0.05, 2.0, 10), repeat=2):
         columns = np.stack([np.exp(-alpha * x), np.exp(-beta * z), np.ones_like(x)], -1)
         values, rest = optimize.nnls(columns * np.exp(-log_loss)[:, None], np.ones_like(x))
-        floor = 1e-6 * np.exp(log_loss.min())  # a logarithm of each must exist
+        floor = 0.01 * np.exp(log_loss.min())  # a term that is almost zero has almost no gradient
         found.append((rest, [*np.log(np.maximum(values, floor)), alpha, beta]))
     found.sort(key=lambda pair: pair[0])
     return np.array([theta for _, theta in found[:keep]])
