@@ -13,6 +13,7 @@ from launch.points import Run, family_of, other_differences, parameters_of
 from launch.scaling_laws import Interval
 
 K_SPREAD = 1.25  # FLOPs over N D that differ more than this from their median are said
+MOVED = 0.5  # minima that move over more than this of half the span of sizes are said
 SCATTER = 2.0  # minima this many times further from their line than losses explain are said
 FAR = 1.5  # a size that is off by more than this factor is not the optimal one
 
@@ -167,6 +168,13 @@ def warn(family: Family) -> None:
         if not parabola.inside:
             why = "opens downwards" if parabola.coefficients[2] <= 0 else "has its minimum outside the sizes tried"
             said.append(f"the parabola of {parabola.flops:.2e} FLOPs {why}: it is not used")
+    # A curve of loss is steeper on one side, so a minimum is off by what its place among the sizes makes it.
+    places = [p.place for p in family.iso.parabolas] if family.iso else [0.0]
+    if max(places) - min(places) > MOVED:
+        said.append(
+            "the parabolas' minima wander among the sizes tried, which biases isoFLOP's exponent by more than its interval may "
+            "say: give each budget sizes about its own best one"
+        )
     if family.iso and family.iso.scatter > SCATTER:
         said.append(
             f"the minima of the parabolas lie {family.iso.scatter:.1f} times further from their line than the losses' scatter "

@@ -1,6 +1,5 @@
 """Plots of scaling laws: all families over compute; of each its parabolas, residuals and the largest budget foreseen."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,18 @@ OTHERS = ("#762a83", "#e08214", "#5e9e9a", "#666666")  # of families without a c
 
 def plots(families: list[Family]) -> dict[str, Any]:
     """Figures by the name of their files."""
-    figures = {"fit-loss": drawn(lambda figure: draw_loss(families, figure))}
+    figures = {"fit-loss": new_figure()}
+    draw_loss(families, figures["fit-loss"])
     for family in families:
-        if family.parabolas:
-            figures[f"fit-isoflop-{family.name}"] = drawn(lambda figure, f=family: draw_parabolas(f, figure))
-        if family.law:
-            figures[f"fit-residuals-{family.name}"] = drawn(lambda figure, f=family: draw_residuals(f, figure))
-        if family.foreseen:
-            figures[f"fit-prediction-{family.name}"] = drawn(lambda figure, f=family: draw_foreseen(f, figure))
+        for name, draw, there in (
+            ("isoflop", draw_parabolas, family.parabolas),
+            ("residuals", draw_residuals, family.law),
+            ("prediction", draw_foreseen, family.foreseen),
+        ):
+            if there:
+                figures[f"fit-{name}-{family.name}"] = new_figure()
+                draw(family, figures[f"fit-{name}-{family.name}"])
     return figures
-
-
-def drawn(draw: Callable[[Any], None]) -> Any:
-    figure = new_figure()
-    draw(figure)
-    return figure
 
 
 def colours(families: list[Family]) -> dict[str, str]:
@@ -57,7 +53,9 @@ def draw_loss(families: list[Family], figure: Any) -> None:
             )
         if family.law:
             best = [family.law.optimum(c, family.k)["loss"][0] for c in span]
-            axes.plot(span, best, "-", color=colour, linewidth=1, label="parametric law at its best N and D")
+            axes.plot(
+                span, best, "-", color=colour, linewidth=1, label=f"{family.name}, parametric at its best N and D"
+            )
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="held-out loss, nats")
     plain_ticks(axes.yaxis)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -117,9 +117,15 @@ class Parabola:
         return self.centre - self.coefficients[1] / (2 * self.coefficients[2])
 
     @property
+    def place(self) -> float:
+        """Of the minimum among its sizes, whose smallest and largest are at -1 and 1."""
+        low, high = np.log([self.sizes.min(), self.sizes.max()])
+        return float((2 * self.log_size - low - high) / (high - low))
+
+    @property
     def inside(self) -> bool:
         """Whether it has a minimum among the sizes that were tried."""
-        return bool(self.coefficients[2] > 0 and self.sizes.min() <= np.exp(self.log_size) <= self.sizes.max())
+        return bool(self.coefficients[2] > 0 and abs(self.place) <= 1)
 
     def __call__(self, sizes: np.ndarray) -> np.ndarray:
         return np.polynomial.polynomial.polyval(np.log(sizes) - self.centre, self.coefficients)

@@ -48,7 +48,9 @@ def test_the_laws_are_those_that_made_the_losses(figures):
         for name, truth in (("alpha", ALPHA), ("beta", BETA), ("beta / (alpha + beta)", BETA / (ALPHA + BETA))):
             low, high = found[name]["interval"]
             assert low < found[name]["value"] < high
-            assert found[name]["value"] == pytest.approx(truth, abs=0.03)  # test_scaling_laws.py counts how often it is inside
+            assert found[name]["value"] == pytest.approx(
+                truth, abs=0.03
+            )  # test_scaling_laws.py counts how often it is inside
         assert figures["families"][family]["iso_flop"]["a"] == pytest.approx(BETA / (ALPHA + BETA), abs=0.05)
         assert figures["families"][family]["flops_over_n_d"] == pytest.approx(6, rel=0.02)
 

@@ -102,6 +102,20 @@ def test_parabolas_without_a_minimum_among_their_sizes_are_not_used():
     assert [parabola.inside for parabola in drawn] == [False, True, True, True]
 
 
+def test_the_same_sizes_for_every_budget_bias_the_exponent_and_the_minima_show_it():
+    """Without noise: about their own best size all minima have the same place, on one ladder of sizes they wander."""
+    ladder = best_size(10**19.5) * np.exp(np.linspace(-3, 3, 9))
+    flops = np.repeat(np.geomspace(1e18, 1e21, 5), 9)
+    wandering, _ = laws.iso_flop(np.tile(ladder, 5), flops, law(np.tile(ladder, 5), flops / 6 / np.tile(ladder, 5)))
+    sizes, flops = equal_flops(5, 7)
+    centred, _ = laws.iso_flop(sizes, flops, law(sizes, flops / 6 / sizes))
+    assert wandering is not None
+    assert centred is not None
+    assert EXPONENT - wandering.a > 0.01
+    assert np.ptp([p.place for p in wandering.parabolas]) > 0.9
+    assert np.ptp([p.place for p in centred.parabolas]) < 1e-6
+
+
 def test_points_on_the_parametric_law_give_it_back():
     sizes, flops = equal_flops(5, 6)
     examples = flops / 6 / sizes
