@@ -82,7 +82,8 @@ class Family:
         found = []
         if self.law:
             at = self.law.optimum(flops, self.k)
-            found.append(Optimum("parametric", flops, *at["N"], at["D"][0], *at["loss"]))
+            if np.isfinite([at["N"][0], *at["N"][1]]).all():  # otherwise these points do not say
+                found.append(Optimum("parametric", flops, *at["N"], at["D"][0], *at["loss"]))
         if self.iso:
             size, interval = self.iso.optimum(flops)
             found.append(Optimum("isoFLOP", flops, size, interval, flops / self.k / size, None, None))
@@ -137,7 +138,7 @@ def foresee(family: Family) -> None:
     sizes, examples, flops, loss = (a[rest] for a in (family.sizes, family.examples, family.flops, family.loss))
     if family.law and laws.enough(sizes, examples):
         law = laws.parametric(sizes, examples, loss)
-        for i in largest:
+        for i in sorted(largest, key=lambda i: family.sizes[i]):
             at = float(law.loss(family.sizes[i], family.examples[i])[0])
             interval = law.prediction(family.sizes[i], family.examples[i])
             family.foreseen.append(Foreseen("parametric", family.runs[i], at, interval))
@@ -164,11 +165,17 @@ def warn(family: Family) -> None:
         said.append(
             f"C / (N D) is {ratio.min():.3g} to {ratio.max():.3g} over these sizes, and optimal sizes take {family.k:.3g} for all"
         )
+    skipped = len(laws.budgets(family.flops)) - len(family.frontier)
+    if family.power and skipped:
+        said.append(
+            f"the frontier leaves out {skipped} budget{'s' * (skipped > 1)} that a cheaper one beats, and points that were chosen "
+            f"for being low make b's interval too short"
+        )
     for parabola in family.parabolas:
         if not parabola.inside:
             why = "opens downwards" if parabola.coefficients[2] <= 0 else "has its minimum outside the sizes tried"
             said.append(f"the parabola of {parabola.flops:.2e} FLOPs {why}: it is not used")
-    # A curve of loss is steeper on one side, so a minimum is off by what its place among the sizes makes it.
+    # A curve of loss is no parabola: the minimum of one is off by what its place among the sizes makes it.
     places = [p.place for p in family.iso.parabolas] if family.iso else [0.0]
     if max(places) - min(places) > MOVED:
         said.append(
@@ -240,7 +247,7 @@ def next_run(family: Family, flops: float) -> Next | None:
     """
     from trainer.tasks import make_task
 
-    chosen = next((one for one in family.optima(flops) if one.size and np.isfinite(one.size)), None)
+    chosen = next((one for one in family.optima(flops) if one.size), None)
     if chosen is None or chosen.size is None:
         return None
     wanted = np.log(chosen.size)

@@ -103,6 +103,10 @@ def family_parts(
             *(paragraph(f"But {note}.") for note in run.notes),
             verbatim(f"podwright train {file}"),
         ]
+    elif family.fitted:
+        parts.append(
+            paragraph("No method says which size is best for a budget, so there is no config of a run to do next.")
+        )
     parts += [heading("Points", 3), table(*points_table(family))]
     return parts
 

@@ -293,7 +293,8 @@ class Parametric:
             "beta": lambda t: t[..., 4],
             "beta / (alpha + beta)": lambda t: t[..., 4] / (t[..., 3] + t[..., 4]),
         }
-        return {name: (float(value(self.theta)), percentiles(value(self.draws))) for name, value in named.items()}
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # of points that determine little
+            return {name: (float(value(self.theta)), percentiles(value(self.draws))) for name, value in named.items()}
 
     def loss(self, sizes: np.ndarray, examples: np.ndarray) -> np.ndarray:
         return np.exp(log_law(self.theta, np.log(sizes), np.log(examples))[0])
@@ -301,7 +302,8 @@ class Parametric:
     def prediction(self, size: float, examples: float) -> Interval:
         """Where the loss of one more run would lie."""
         logs = log_law(self.draws, np.log([size]), np.log([examples]))[0][:, 0] + self.noise
-        return percentiles(np.exp(logs))
+        with np.errstate(over="ignore"):
+            return percentiles(np.exp(logs))
 
     def optimum(self, flops: float, k: float) -> dict[str, tuple[float, Interval]]:
         """N*, D* and the loss there, for C = k N D."""

@@ -295,6 +295,17 @@ def test_a_missing_package_is_named(sweep, capsys, monkeypatch):
     assert refused(capsys, [str(sweep)]) == "a fit needs scipy, which is not installed: pip install 'podwright[laws]'"
 
 
+def test_a_frontier_that_chose_its_points_says_so(tmp_path, capsys):
+    """Budgets of a run each, one of which a cheaper one beats."""
+    for steps, loss in ((100, 3.0), (200, 2.7), (400, 2.8), (800, 2.3), (1600, 2.1)):
+        write_run(tmp_path / f"s{steps}", with_steps(small(32), steps), loss)
+    assert main(["fit", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "griffin: the frontier leaves out 1 budget that a cheaper one beats" in said
+    assert "griffin: Fitted without the largest budget, the frontier law predicts" in said
+    assert not (tmp_path / "next-griffin.json").exists()  # no method says which size is best
+
+
 def test_a_family_with_too_few_points_is_said_beside_the_others(tmp_path, capsys):
     write_sweep(tmp_path, budgets=(1e12, 3e12), widths=(32, 48, 64, 96))
     for steps in (400, 900):
