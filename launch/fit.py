@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
@@ -115,7 +116,9 @@ def summary(
         lines += [f"{family.name}: {words}" for words in (*family.skipped, *family.warnings, *verdict(family))]
     lines += [f"warning: {words}" for words in general]
     for name, (run, file) in nexts.items():
-        lines += [f"{name}: next, {run.flops:.2e} FLOPs of {run.size:.3g} parameters: podwright train {file}"]
+        lines += [
+            f"{name}: next, {run.flops:.2e} FLOPs of {run.size:.3g} parameters: {shlex.join(['podwright', 'train', file])}"
+        ]
         lines += [f"{name}: but {note}" for note in run.notes]
     return lines
 

@@ -1,5 +1,6 @@
 """fit.html: everything that is needed to judge a fit of scaling laws, in one file."""
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def family_parts(
                 f"{run.size:.3g}. The other settings are those of {run.based_on}."
             ),
             *(paragraph(f"But {note}.") for note in run.notes),
-            verbatim(f"podwright train {file}"),
+            verbatim(shlex.join(["podwright", "train", file])),
         ]
     elif family.fitted:
         parts.append(

@@ -106,6 +106,7 @@ def draw_residuals(family: Family, figure: Any) -> None:
         axes.axhline(0, color="black", linewidth=0.8)
         points = axes.scatter(values, 100 * family.law.residuals, c=np.log10(family.flops), cmap="viridis", s=18)
         axes.set(xscale="log", xlabel=name)
+        axes.xaxis.set_minor_formatter("")
     left.set_ylabel("measured over fitted loss - 1, %")
     figure.colorbar(points, ax=[left, right], label="log10 of FLOPs")
 
@@ -121,6 +122,7 @@ def draw_foreseen(family: Family, figure: Any) -> None:
         axes.plot(one.predicted, place, "|", color="#2166ac", markersize=12, markeredgewidth=2)
         axes.plot(one.run.loss, place, "o", color="#1b7837" if one.inside else "#b2182b", markersize=5)
     axes.set_yticks(places, names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel("held-out loss, nats: bars predicted, dots measured (red where outside)")
     figure.set_figheight(max(1.8, 0.32 * len(names) + 0.9))
 
