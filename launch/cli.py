@@ -182,6 +182,13 @@ def sweep(argv: list[str]) -> int:
     return main(argv)
 
 
+def fit(argv: list[str]) -> int:
+    """scaling laws of the runs in a folder, how far to trust them, and what to train next: fit SWEEP [--to DIR] [--budget FLOPS]"""
+    from launch.fit import main
+
+    return main(argv)
+
+
 def probe(argv: list[str]) -> int:
     """a linear classifier on the features of an image run: probe RUN [--data.field VALUE]"""
     from launch.probe import main
@@ -223,6 +230,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "study": study,
     "sweep": sweep,
+    "fit": fit,
     "probe": probe,
 }
 
