@@ -9,15 +9,16 @@ from launch.sweeps.grids import grid
 from launch.sweeps.planners import isoflop
 
 WIDTHS = {16: 24, 24: 32, 32: 40, 48: 64, 64: 88}  # of the model, and of its recurrence: four thirds, as in the paper
-BUDGETS = (2e11, 6e11, 1.8e12)
-LENGTH, ROWS, DEPTH = 128, 8, 6
+BUDGETS = (1e11, 3e11, 9e11)
+FURTHER, LARGER = 3.6e12, (32, 48, 64)  # four times the compute, for what the law of the rest foretells
+LENGTH, ROWS, DEPTH = 128, 4, 6
 
 
 def law() -> Iterator[Config]:
-    """Griffin, Hawk and a Transformer: five sizes, three budgets of FLOPs each."""
+    """Griffin, Hawk and a Transformer at equal FLOPs: five sizes, three budgets, and three sizes at four times the last."""
     for family in FAMILIES:
-        for width in WIDTHS:
-            yield from isoflop([model(family, width)], BUDGETS)
+        yield from isoflop([model(family, width) for width in WIDTHS], BUDGETS)
+        yield from isoflop([model(family, width) for width in LARGER], [FURTHER])
 
 
 def rates() -> Iterator[Config]:
