@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 BINS = 400  # points of a curve at most
+FAR = 4  # times the median
 COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#e08214", "#762a83", "#01665e", "#8c510a", "#c51b7d")
 Curve = tuple[np.ndarray, np.ndarray]  # steps (or what stands for them) and values, float64 [n]
 
@@ -39,6 +40,13 @@ def draw(axis: Any, found: Curve, colour: str, label: str | None = None) -> None
 def draw_held_out(axis: Any, found: Curve, colour: str, label: str | None = None) -> None:
     x, y = found
     axis.plot(x, y, color=colour, label=label, linewidth=1, marker="o" if len(x) <= 50 else None, markersize=3)
+
+
+def draw_speed(axis: Any, found: Curve, colour: str) -> None:
+    """From 0; what is far above the median, as of a window of one short step, is cut off, so that the rest can be read."""
+    draw(axis, found, colour)
+    top = FAR * float(np.median(found[1])) if len(found[1]) else 0.0
+    axis.set_ylim(0, min(top, 1.05 * float(found[1].max())) if top else None)
 
 
 def panels(figure: Any, titles: Sequence[str], columns: int = 2) -> list[Any]:

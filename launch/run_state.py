@@ -12,7 +12,7 @@ from etils import epath
 
 from configs import EXPERIMENTS
 from configs.fields import format_value, kinds_of, values_of
-from configs.overrides import resolve
+from configs.overrides import Resolved, resolve
 from configs.schema import Config, ConfigError
 from trainer.certificate import AHEAD
 from trainer.evaluate import read_config
@@ -116,17 +116,28 @@ def has_diverged(config: Config, steps: list[Record]) -> bool:
     return len(last) == enough and all(step.get("bad") or None in step.values() for step in last)
 
 
-def continuing(config: Config, run: epath.Path) -> str:
-    """The command that goes on with a run, in a shell of any machine that reaches it."""
+def started_from(config: Config) -> Resolved | None:
+    """The experiment that a run's config has its name from, before anything was given; None if there is no such one here."""
+    if config.name not in EXPERIMENTS:
+        return None
+    other = kinds_of(EXPERIMENTS[config.name]())["data"] != config.data.kind
     with contextlib.suppress(ConfigError):
-        if config.name in EXPERIMENTS:
-            kinds = kinds_of(EXPERIMENTS[config.name]()), kinds_of(config)
-            other = ["--data.kind", config.data.kind] if kinds[0]["data"] != kinds[1]["data"] else []
-            base, now = values_of(resolve(config.name, other).config), values_of(config)
-            words = [word for path in now if now[path] != base[path] for word in (f"--{path}", format_value(now[path]))]
-            if resolve(config.name, [*other, *shlex.split(" ".join(words))]).config == config:
-                return " ".join(["podwright train", config.name, "--run", shlex.quote(str(run)), *other, *words])
-    return f"podwright train {shlex.quote(str(run / 'config.json'))} --run {shlex.quote(str(run))}"
+        return resolve(config.name, ["--data.kind", config.data.kind] * other)
+    return None
+
+
+def continuing(config: Config, run: epath.Path) -> list[str]:
+    """The command that goes on with a run, in a shell of any machine that reaches it: phrases to be joined by spaces."""
+    where = f"--run {shlex.quote(str(run))}"
+    if base := started_from(config):
+        before, now = values_of(base.config), values_of(config)
+        other = kinds_of(EXPERIMENTS[config.name]())["data"] != config.data.kind
+        given = [f"--data.kind {config.data.kind}"] * other
+        given += [f"--{path} {format_value(now[path])}" for path in now if now[path] != before.get(path)]
+        with contextlib.suppress(ConfigError):
+            if resolve(config.name, shlex.split(" ".join(given))).config == config:
+                return [f"podwright train {config.name}", where, *given]
+    return [f"podwright train {shlex.quote(str(run / 'config.json'))}", where]
 
 
 def ago(then: float | None) -> str:
