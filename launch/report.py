@@ -3,9 +3,9 @@
 import contextlib
 import datetime
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -36,10 +36,10 @@ from launch.run_state import (
 from launch.studies.study import new_figure
 from trainer.checkpoint import write_whole
 from trainer.guard import read_rollbacks
-from trainer.inspect_saved import describe_step, losses, wrong_with
+from trainer.inspect_saved import describe_step, losses, stored_bytes, wrong_with
 from trainer.ledger import FILE, read_rows
 from trainer.run_folder import read_manifest, read_metrics, trained_by
-from trainer.saved import SavedSteps, array_entries
+from trainer.saved import SavedSteps
 from trainer.storage import StorageError, folder_of, reason
 
 PAGE = "report.html"
@@ -107,12 +107,8 @@ def what_it_is(it: RunState) -> list[str]:
     ]
     for kind, words in (("train", "loss"), ("eval", "held-out")):
         if record := it.last.get(kind):
-            values = {name: record[name] for name in record if kind == "eval" or name in ("loss", "accuracy")}
-            said = ", ".join(
-                f"{n} {v:.4f}" if v is not None else f"{n} not finite"
-                for n, v in values.items()
-                if n not in ("kind", "step")
-            )
+            names = [name for name in record if name not in ("kind", "step") and (kind == "eval" or name == "loss")]
+            said = ", ".join(f"{name} {in_words(record[name])}" for name in names)
             facts.append((f"last {words}", f"{said} (step {record['step']:,})"))
     facts += [(word, rest) for word in ("model", "mesh", "step") if (rest := announced(log, word))]
     if it.spent:
@@ -131,6 +127,10 @@ def what_it_is(it: RunState) -> list[str]:
     return [page.facts(facts), page.paragraph(ENDED[it.state]), page.verbatim(" \\\n    ".join(command))]
 
 
+def in_words(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def log_lines(run: epath.Path) -> list[str]:
     """What the run printed, of its last start and those before."""
     with contextlib.suppress(FileNotFoundError):
@@ -140,8 +140,8 @@ def log_lines(run: epath.Path) -> list[str]:
 
 def announced(log: list[str], word: str) -> str:
     """What a run said of one thing when it last started; nothing, if it never came so far."""
-    found = re.compile(rf"{word} {{2,}}(?!\d+/)(.+)")
-    return next((match[1].strip() for line in reversed(log) if (match := found.match(line))), "")
+    begins = f"{word:<12}"
+    return next((line[len(begins) :] for line in reversed(log) if line.startswith(begins)), "")
 
 
 def at(seconds: float) -> str:
@@ -157,15 +157,15 @@ def curves(it: RunState) -> list[str]:
     unit = next((name for name in it.last["train"] if name.endswith("_per_second")), "")
     others = [name for name in it.last.get("eval", {}) if name not in ("kind", "step", "loss")]
     drawn: dict[str, Callable[[Any], None]] = {
-        "loss": lambda axis: draw(axis, curve(train, "loss"), first, "training"),
-        "gradient norm": lambda axis: draw(axis, curve(train, "grad_norm"), first),
-        "learning rate": lambda axis: draw(axis, curve(train, "learning_rate"), first),
-        a_second(unit): lambda axis: draw_speed(axis, curve(speeds, unit), first),
+        "loss": partial(draw, found=curve(train, "loss"), colour=first, label="training"),
+        "gradient norm": partial(draw, found=curve(train, "grad_norm"), colour=first),
+        "learning rate": partial(draw, found=curve(train, "learning_rate"), colour=first),
+        a_second(unit): partial(draw_speed, found=curve(speeds, unit), colour=first),
     }
     if "mfu_percent" in it.last["train"]:
-        drawn["MFU, %"] = lambda axis: draw_speed(axis, curve(speeds, "mfu_percent"), first)
+        drawn["MFU, %"] = partial(draw_speed, found=curve(speeds, "mfu_percent"), colour=first)
     for name in others:
-        drawn[f"held-out {name}"] = lambda axis, name=name: draw_held_out(axis, curve(held_out, name), second)
+        drawn[f"held-out {name}"] = partial(draw_held_out, found=curve(held_out, name), colour=second)
     bad = [step for step, record in train.items() if record.get("loss") is None]
     said = [f"{len(train):,} steps are logged, {len(held_out):,} evaluations."]
     if not held_out:
@@ -210,11 +210,8 @@ def data(it: RunState) -> list[str]:
         return [page.paragraph("The run never got as far as its data: there is no data_manifest.json.")]
     counts = manifest.get("counts", {})
     facts = [("kind", manifest.get("kind", it.config.data.kind)), ("hash", manifest.get("hash", "not recorded"))]
-    facts += [
-        (name.replace("_", " "), f"{n:,}" if isinstance(n, int) else n)
-        for name, n in counts.items()
-        if not isinstance(n, list)
-    ]
+    simple = {name.replace("_", " "): count for name, count in counts.items() if not isinstance(count, list)}
+    facts += [(name, f"{count:,}" if isinstance(count, int) else count) for name, count in simple.items()]
     parts.append(page.facts(facts))
     if "folders" in counts:
         parts += mixture(it, manifest)
@@ -239,28 +236,22 @@ def mixture(it: RunState, manifest: dict[str, Any]) -> list[str]:
     heads = ("source", "rows", "share asked", "share seen", "rows seen", "epochs")
     parts = [page.table(heads, lines)]
     if len(stages) > 1:
-        parts.append(
-            page.paragraph(f"The shares change after steps {', '.join(f'{step:,}' for step, _ in stages[1:])}.")
-        )
-    when = (
-        f"Seen is as of step {passed['step']:,}, the last evaluation"
-        if passed
-        else "Nothing was evaluated yet, so nothing is known of what was seen"
-    )
-    return [*parts, page.paragraph(f"{when}.")]
+        changes = ", ".join(f"{step:,}" for step, _ in stages[1:])
+        parts.append(page.paragraph(f"The shares change after steps {changes}."))
+    if not passed:
+        return [*parts, page.paragraph("Nothing was evaluated yet, so nothing is known of what was seen.")]
+    return [*parts, page.paragraph(f"Seen is as of step {passed['step']:,}, the last evaluation.")]
 
 
 def bad_records(run: epath.Path) -> str:
     file = run / "bad_records.jsonl"
     if not file.exists():
-        return "Bad records: none; every record that was asked for could be used."
+        return "Bad records: none was noted."
     found = {}
     for line in file.read_text().splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            found[record["source"], record["place"]] = record[
-                "reason"
-            ]  # a step that was trained twice tells them twice
+            found[record["source"], record["place"]] = record["reason"]  # once, however often it was come across
     kinds = ", ".join(f"{count:,} {why}" for why, count in Counter(found.values()).most_common())
     return f"Bad records: {len(found):,} ({kinds}), for which others stood; {file} lists them."
 
@@ -270,44 +261,17 @@ def checkpoints(it: RunState) -> list[str]:
     steps = saved.steps()
     if not steps:
         return [page.paragraph("Nothing is saved that counts.")]
-    total = sum(stored(saved, step) for step in steps)
-    loss, rows = losses(str(it.run)), []
+    total, loss = sum(stored_bytes(saved, step) for step in steps), losses(str(it.run))
+    heads, rows = ("step", "size", "saved on", "written", "finite", "loss", "arrays"), []
     for step in steps:
-        wrong = wrong_with(saved, step, list) if total <= READ_BYTES else None
-        verified = "not read" if wrong is None else "; ".join(wrong) or "as saved"
-        rows.append(
-            (
-                f"{step:,}",
-                *describe_step(saved, step),
-                f"{loss[step]:.4f}" if loss.get(step) is not None else "-",
-                verified,
-            )
-        )
-    parts = [page.table(("step", "size", "saved on", "written", "finite", "loss", "arrays"), rows)]
-    if total > READ_BYTES:
-        parts.append(
-            page.paragraph(
-                f"They are too large to be read for this page: podwright checkpoint verify {it.run} does it."
-            )
-        )
+        wrong = wrong_with(saved, step, list) if total <= READ_BYTES else ["not read"]
+        logged = in_words(loss[step]) if step in loss else "-"
+        rows.append((f"{step:,}", *describe_step(saved, step), logged, "; ".join(wrong) or "as saved"))
+    if total <= READ_BYTES:
+        said = "Every array was read again for this page and held to its checksum."
     else:
-        parts.append(page.paragraph("Every array was read again for this page and held to its checksum."))
-    return parts
-
-
-def stored(saved: SavedSteps, step: int) -> float:
-    """Bytes of the arrays of a step, at four an element; endless, where its manifest doesn't tell."""
-    try:
-        return sum(4.0 * product(entry["shape"]) for entry in array_entries(saved.manifest(step)).values())
-    except StorageError:
-        return 0.0
-
-
-def product(shape: list[int]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
+        said = f"They are too large to be read for this page: podwright checkpoint verify {it.run} does it."
+    return [page.table(heads, rows), page.paragraph(said)]
 
 
 def environment(it: RunState) -> list[str]:
@@ -320,16 +284,13 @@ def environment(it: RunState) -> list[str]:
     mesh = said.get("mesh", {})
     if mesh:
         facts.append(("hosts", f"{mesh['processes']:,}"))
-    facts += [(f"{name}", version) for name, version in said.get("versions", {}).items()]
+    facts += [(name, version) for name, version in said.get("versions", {}).items()]
     compiler = said.get("certificate", {}).get("compiler", {})
     facts += [(name, compiler[name]) for name in ("platform", "flags", "options", "program") if compiler.get(name)]
     if said:
         facts.append(("hash of podwright's code", said.get("code", "not recorded")))
-        parts.append(
-            page.paragraph(
-                f"As noted in checkpoint {newest:,}. No git commit is recorded, but a hash of podwright's source files."
-            )
-        )
+        noted = f"As noted in checkpoint {newest:,}. No git commit is recorded, but a hash of podwright's source files."
+        parts.append(page.paragraph(noted))
     else:
         parts.append(page.paragraph("Versions are noted in checkpoints, and nothing is saved yet."))
     return [*parts, page.facts(facts)]

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 from launch import page
@@ -73,16 +72,19 @@ def measured(it: RunState) -> dict[str, str]:
     """Medians over the windows that the log timed, and the largest memory."""
     train = read_metrics(it.run, "train") if "train" in it.last else {}
     windows = list(at_window_ends(train, it.config.trainer.log_every).values())
-    rates = [name for name in (windows[-1] if windows else ()) if name.endswith("_per_second")]
-    words: dict[str, Callable[[list[float]], tuple[str, str]]] = {
-        "step_ms": lambda values: ("step", ms(statistics.median(values) / 1e3)),
-        **{name: lambda values, name=name: (a_second(name), number(statistics.median(values))) for name in rates},
-        "mfu_percent": lambda values: ("MFU", f"{statistics.median(values):.1f} %"),
-        "memory_gib": lambda values: ("memory a device", f"{max(values):.2f} GiB"),
-        "data_wait_percent": lambda values: ("waiting for data", f"{statistics.median(values):.1f} %"),
+    columns = {
+        name: [it[name] for it in windows if it.get(name) is not None] for name in (windows[-1] if windows else ())
     }
-    known = {name: [it[name] for it in windows if it.get(name) is not None] for name in words}
-    return dict(words[name](values) for name, values in known.items() if values)
+    middle = {name: statistics.median(values) for name, values in columns.items() if values and name != "kind"}
+    found = {"step": ms(middle["step_ms"] / 1e3)} if "step_ms" in middle else {}
+    found |= {a_second(name): number(value) for name, value in middle.items() if name.endswith("_per_second")}
+    if "mfu_percent" in middle:
+        found["MFU"] = f"{middle['mfu_percent']:.1f} %"
+    if "memory_gib" in middle:
+        found["memory a device"] = f"{max(columns['memory_gib']):.2f} GiB"
+    if "data_wait_percent" in middle:
+        found["waiting for data"] = f"{middle['data_wait_percent']:.1f} %"
+    return found
 
 
 def a_second(rate: str) -> str:
