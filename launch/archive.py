@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,23 +34,22 @@ def archive_run(run: str, to: str, remove: bool, progress: Progress) -> str:
     """Copies a run that nobody trains to a folder that does not exist; with `remove`, the run goes once the copy is known to be
     the same. Returns what was done. Raises ConfigError, StorageError."""
     read_config(run)
-    source, target = folder_of(run), folder_of(to)
-    if "://" not in to:
-        target = target.absolute()
-    if "://" not in run:
-        source = source.absolute()
+    if remove and os.path.islink(folder_of(run)):
+        raise ConfigError(f"{run} is a link: --remove needs the folder that it leads to")
+    source, target = (it if "://" in str(it) else it.resolve() for it in (folder_of(run), folder_of(to)))
     if target == source or target in source.parents or source in target.parents:
         raise ConfigError(f"--to {to} and the run {run} are one in the other: give a folder elsewhere")
-    if remove and "://" not in run and os.path.islink(source):
-        raise ConfigError(f"{run} is a link: --remove needs the folder that it leads to")
     with explained(f"{source} could not be copied to {target}"), kept_still(run):
         if remove:
             check_ended(run)
         claim(target, source, to)
         before = files_of(source)
         names = sorted(name for name in before if name != LAST)
-        with concurrent.futures.ThreadPoolExecutor(COPIERS) as copiers:
+        copiers = concurrent.futures.ThreadPoolExecutor(COPIERS)
+        try:
             sums = list(progress(copiers.map(lambda name: copied(source / name, target / name), names)))
+        finally:
+            copiers.shutdown(cancel_futures=True)
         files = dict(zip(names, sums, strict=True))
         if files_of(source) != before:
             raise StorageError(f"{source} changed while it was copied: somebody is training in it; nothing was removed")
@@ -57,6 +57,7 @@ def archive_run(run: str, to: str, remove: bool, progress: Progress) -> str:
         check_whole(source, target, before)
         write_manifest(target, source, {name: [before[name][0], files[name]] for name in sorted(files)})
         if remove:
+            os.sync()  # before anything goes, the copy is on its disk
             source.rmtree()
     total = sum(length for length, _ in before.values())
     done = f"{len(before)} files, {total / 2**20:,.1f} MiB, copied to {target} and read back: each has its checksum"
@@ -95,20 +96,32 @@ def write_manifest(target: epath.Path, source: epath.Path, files: dict[str, list
 
 
 def files_of(folder: epath.Path) -> dict[str, tuple[int, Any]]:
-    """Length and time of change of all files of a run by their names within it. Raises StorageError for links, which may lead
-    anywhere."""
-    found: dict[str, tuple[int, Any]] = {}
-    waiting = [folder]
-    while waiting:
-        for entry in entries(waiting.pop()):
-            if "://" not in str(entry) and os.path.islink(entry):
-                raise StorageError(f"{entry} is a link: put what it leads to in its place first")
-            if entry.is_dir():
-                waiting.append(entry)
-            elif entry.parent != folder or entry.name not in NOT_COPIED:
-                about = entry.stat()
-                found[str(entry)[len(str(folder)) :].lstrip("/")] = (about.length, about.mtime)
-    return found
+    """Of every file of a run by its name within it: bytes, and what changes when it is written again. Raises StorageError for
+    what is no file, such as a link, which may lead anywhere."""
+    if "://" in str(folder):
+        import fsspec  # comes with gcsfs
+
+        files, root = fsspec.core.url_to_fs(str(folder))
+        files.invalidate_cache()
+        found = {
+            path[len(root.rstrip("/")) + 1 :]: (entry["size"], entry.get("generation") or str(entry.get("mtime")))
+            for path, entry in files.find(root, detail=True).items()
+        }
+    else:  # not by epath, which leaves out what ends in ~
+        found = {}
+        for place, folders, names in os.walk(folder, onerror=raised):
+            for path in (os.path.join(place, name) for name in folders + names):
+                about = os.lstat(path)
+                if stat.S_ISDIR(about.st_mode):
+                    continue
+                if not stat.S_ISREG(about.st_mode):
+                    raise StorageError(f"{path} is a link or no file: put a file in its place first")
+                found[os.path.relpath(path, folder)] = (about.st_size, about.st_mtime_ns)
+    return {name: about for name, about in found.items() if name not in NOT_COPIED}
+
+
+def raised(error: OSError) -> None:
+    raise error
 
 
 def copied(source: epath.Path, target: epath.Path) -> str:
@@ -122,9 +135,6 @@ def copied(source: epath.Path, target: epath.Path) -> str:
     with target.open("wb") as out:
         for piece in pieces(source):
             out.write(piece)
-        if "://" not in str(target):
-            out.flush()
-            os.fsync(out.fileno())
     if sum_of(target) != wanted.hexdigest():
         raise StorageError(f"{target}, read back, is not what {source} is: start the same command again")
     return wanted.hexdigest()
