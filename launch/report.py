@@ -30,6 +30,7 @@ from launch.run_state import (
     RunState,
     ago,
     continuing,
+    log_lines,
     read_state,
     started_from,
 )
@@ -129,13 +130,6 @@ def what_it_is(it: RunState) -> list[str]:
 
 def in_words(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def log_lines(run: epath.Path) -> list[str]:
-    """What the run printed, of its last start and those before."""
-    with contextlib.suppress(FileNotFoundError):
-        return (run / "log.txt").read_text().splitlines()
-    return []
 
 
 def announced(log: list[str], word: str) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from launch import page
 from launch.curves import at_window_ends
 from launch.plan_table import GIB, ms, number
-from launch.run_state import RunState
+from launch.run_state import RunState, log_lines
 from sharding.topologies import peak_flops
+from trainer.announcement import TAKES
 from trainer.run_folder import read_metrics
 from trainer.storage import reason
 from trainer.tasks import make_task
@@ -19,7 +20,7 @@ PLAN = "plan.json"
 def plan_and_measured(it: RunState) -> list[str]:
     plan, said = read_plan(it)
     rows = measured(it)
-    planned = figures_of(plan) if plan else at_peak(it)
+    planned = figures_of(plan) if plan else told_at_start(it)
     lines = [(name, planned.get(name, "-"), rows.get(name, "-")) for name in dict.fromkeys([*planned, *rows])]
     parts = [page.paragraph(said)]
     if lines:
@@ -58,14 +59,17 @@ def figures_of(plan: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def at_peak(it: RunState) -> dict[str, str]:
-    """Without a plan: what arithmetic tells of the devices that the run had."""
+def told_at_start(it: RunState) -> dict[str, str]:
+    """Without a plan: the least time that arithmetic tells of the run's devices, and the memory that their compiler told."""
+    found = {}
     peak = peak_flops(it.spent.device_kind) if it.spent else None
-    if peak is None or it.spent is None:
-        return {}
-    return {
-        "step": f"at least {ms(make_task(it.config).flops_per_step / (peak * it.spent.devices))}, at the devices' peak"
-    }
+    if peak is not None and it.spent is not None:
+        least = make_task(it.config).flops_per_step / (peak * it.spent.devices)
+        found["step"] = f"at least {ms(least)}, at the devices' peak"
+    told = [line.partition(TAKES)[2] for line in log_lines(it.run) if line.startswith("compiled in ")]
+    if told and told[-1]:
+        found["memory a device"] = f"{told[-1].removesuffix(' a device')}, by the compiler"
+    return found
 
 
 def measured(it: RunState) -> dict[str, str]:

@@ -116,6 +116,13 @@ def has_diverged(config: Config, steps: list[Record]) -> bool:
     return len(last) == enough and all(step.get("bad") or None in step.values() for step in last)
 
 
+def log_lines(run: epath.Path) -> list[str]:
+    """What the run printed, of its last start and those before."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run / "log.txt").read_text().splitlines()
+    return []
+
+
 def started_from(config: Config) -> Resolved | None:
     """The experiment that a run's config has its name from, before anything was given; None if there is no such one here."""
     if config.name not in EXPERIMENTS:

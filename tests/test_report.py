@@ -101,7 +101,12 @@ def test_its_figures_are_those_of_the_log(place):
     step = float(np.median([record["step_ms"] for record in train]))
     assert rows["step"][0] == "-"
     assert float(rows["step"][1].split()[0].replace(",", "")) == pytest.approx(step, rel=1e-3)
-    assert rows["memory a device"] == ["-", f"{max(record['memory_gib'] for record in train):.2f} GiB"]
+    needs = re.search(r"^compiled in .*; the step takes (\S+ [MG]iB) a device$", (run / "log.txt").read_text(), re.M)[1]
+    used = max(record["memory_gib"] for record in train)
+    assert rows["memory a device"] == [f"{needs}, by the compiler", f"{used:.2f} GiB"]
+    value, unit = needs.split()
+    state = float(re.search(r"(\S+) MiB of state", facts["model"])[1])
+    assert state / 2**10 < float(value) / {"MiB": 2**10, "GiB": 1}[unit] < used  # the process has the step's and more
     assert "No plan was recorded." in found["Plan and measured"]
     assert "It ran on CPUs" in found["Plan and measured"]
 
