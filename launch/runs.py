@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import difflib
+import io
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +63,13 @@ def near(folder: "epath.Path") -> str:
 def row_of(run: "epath.Path") -> tuple[str, ...] | None:
     """A line of the list; None for a folder that is no run."""
     from launch.run_state import ago, read_state
-    from trainer.storage import StorageError
+    from trainer.storage import StorageError, reason
 
-    if not (run / "config.json").exists():
-        return None
+    try:
+        if not (run / "config.json").exists():
+            return None
+    except Exception as error:  # cloud storage has errors of its own
+        raise StorageError(f"{run} cannot be read: {reason(error)}") from None
     try:
         it = read_state(run)
     except (StorageError, ConfigError) as error:
@@ -112,16 +116,17 @@ def compare(argv: list[str]) -> int:
         say(*lines, "")
     try:
         plot = new_figure()
-        draw_losses(plot, names, list(states.values()))
-        with file.open("wb") as out:
-            plot.savefig(
-                out, format=file.suffix[1:], dpi=150, **({"metadata": {"Date": None}} if file.suffix == ".svg" else {})
-            )
-        say(f"plot {file}")
     except ConfigError as missing:
         say(f"no plot: {missing}")
-    except OSError as error:
+        return 0
+    draw_losses(plot, names, list(states.values()))
+    drawn, same = io.BytesIO(), {"metadata": {"Date": None}} if file.suffix == ".svg" else {}
+    plot.savefig(drawn, format=file.suffix[1:], dpi=150, **same)
+    try:
+        file.write_bytes(drawn.getvalue())
+    except Exception as error:  # cloud storage has errors of its own
         raise StorageError(f"{file} cannot be written: {reason(error)}") from None
+    say(f"plot {file}")
     return 0
 
 

@@ -84,6 +84,16 @@ def test_the_state_of_a_run_is_read_off_what_it_left(folder, tmp_path, capsys):
     variant("whole", saved=True)
     variant("broken", saved=True)
     (tmp_path / "broken" / "config.json").write_text("{")
+    bad = [{"kind": "train", "step": step, "loss": None} for step in (7, 8, 9)]
+    variant("skipped", *bad[:2])
+    variant("skipped-too-many", *bad)
+    for name in ("skipped", "skipped-too-many"):
+        file = tmp_path / name / "config.json"
+        text = file.read_text().replace('"policy": "abort"', '"policy": "skip"')
+        file.write_text(text.replace('"limit": 5', '"limit": 2'))
+    variant("imported")
+    (tmp_path / "imported" / "checkpoints" / "3").rename(tmp_path / "imported" / "checkpoints" / "0")
+    (tmp_path / "imported" / "metrics.jsonl").unlink()
     variant("new")
     for name in ("metrics.jsonl", "ledger.jsonl"):
         (tmp_path / "new" / name).unlink()
@@ -99,6 +109,9 @@ def test_the_state_of_a_run_is_read_off_what_it_left(folder, tmp_path, capsys):
         "rolled-back": "failed",
         "gone-on": "failed",
         "whole": "done",
+        "skipped": "failed",
+        "skipped-too-many": "diverged",
+        "imported": "imported",
         "new": "failed",
     }
     assert found["diverged"][2:4] == ["7/6", "not finite"]
@@ -286,6 +299,8 @@ def test_mistakes_are_one_sentence(folder, tmp_path, capsys):
     assert said == f"podwright runs compare needs two runs or more, but only {a} was given"
     said = refused(capsys, ["runs", "compare", a, b, "--to", f"{b}/plot.svg"], code=2)
     assert said == f"--to {b}/plot.svg is in the folder of a run, {b}: give a file outside"
+    said = refused(capsys, ["runs", "compare", a, b, "--to", str(folder / "nowhere" / "plot.svg")], code=4)
+    assert said == f"{folder / 'nowhere' / 'plot.svg'} cannot be written: No such file or directory"
     said = refused(capsys, ["runs", "compare", a, b, "--to", "thesis.tex"], code=2)
     assert said == "--to thesis.tex is neither of .svg nor of .png, the kinds of plot there are"
     said = refused(capsys, ["runs", "archive", a, "--to", str(folder / "papers" / ".." / "b")], code=2)
