@@ -44,7 +44,7 @@ from trainer.saved import SavedSteps
 from trainer.storage import StorageError, folder_of, reason
 
 PAGE = "report.html"
-READ_BYTES = 1 << 30  # checkpoints that are larger together are not read again for a page
+READ_BYTES = 1 << 30  # checkpoints that are larger together are not read again for a page, nor those on cloud storage
 ENDED = {
     RUNNING: "It is being trained. If it ends early, this continues it:",
     DONE: "It is done. The same command would find nothing left to do:",
@@ -255,16 +255,19 @@ def checkpoints(it: RunState) -> list[str]:
     steps = saved.steps()
     if not steps:
         return [page.paragraph("Nothing is saved that counts.")]
-    total, loss = sum(stored_bytes(saved, step) for step in steps), losses(str(it.run))
+    read = "://" not in str(it.run) and sum(stored_bytes(saved, step) for step in steps) <= READ_BYTES
     heads, rows = ("step", "size", "saved on", "written", "finite", "loss", "arrays"), []
+    loss = losses(str(it.run))
     for step in steps:
-        wrong = wrong_with(saved, step, list) if total <= READ_BYTES else ["not read"]
+        wrong = wrong_with(saved, step, list) if read else ["not read"]
         logged = in_words(loss[step]) if step in loss else "-"
         rows.append((f"{step:,}", *describe_step(saved, step), logged, "; ".join(wrong) or "as saved"))
-    if total <= READ_BYTES:
+    if read:
         said = "Every array was read again for this page and held to its checksum."
     else:
-        said = f"They are too large to be read for this page: podwright checkpoint verify {it.run} does it."
+        said = (
+            f"They are too large or too far away to be read for a page: podwright checkpoint verify {it.run} does it."
+        )
     return [page.table(heads, rows), page.paragraph(said)]
 
 
