@@ -154,6 +154,20 @@ def goodput(argv: list[str]) -> int:
     return main(argv)
 
 
+def runs(argv: list[str]) -> int:
+    """the runs there are: runs list [FOLDER], compare RUN RUN, tail RUN [--follow], archive RUN --to FOLDER"""
+    from launch.runs import main
+
+    return main(argv)
+
+
+def report(argv: list[str]) -> int:
+    """a run on one page that needs nothing else: report RUN [--to FILE.html]"""
+    from launch.report import main
+
+    return main(argv)
+
+
 def replay(argv: list[str]) -> int:
     """a step of a run once more: its documents, their losses, gradient norms by layer: replay RUN --step N"""
     from launch.replay import main
@@ -224,6 +238,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_checkpoint,
     "export": export,
     "profile": profile,
+    "runs": runs,
+    "report": report,
     "goodput": goodput,
     "replay": replay,
     "checkpoint": checkpoint,

@@ -53,7 +53,7 @@ def config(argv: Sequence[str], extra_lines: Callable[[Config], Iterable[str]] |
     header = ": ".join(filter(None, [resolved.config.name, description]))
     extra = list(extra_lines(resolved.config)) if extra_lines else []
     _print((line, "") for line in [header, *extra])
-    _print(_table(resolved), cut=True)
+    _print(config_table(resolved), cut=True)
     return 0
 
 
@@ -69,7 +69,7 @@ def _diff(argv: Sequence[str]) -> int:
     return 0
 
 
-def _table(resolved: Resolved) -> list[Line]:
+def config_table(resolved: Resolved) -> list[Line]:
     """Path, value, origin and help of each field, an empty line and the section's name before each section."""
     kinds, values, sources = kinds_of(resolved.config), values_of(resolved.config), resolved.sources
     leaves = fields_of(kinds)

@@ -93,14 +93,15 @@ def draw(rows: list[dict], figure: Any) -> None:
     left.set_xlim(0, 1.25 * max(spent.seconds.values()) / unit)
     left.set_xlabel(named)
     edges = [(spent.start + wall * i / BINS, spent.start + wall * (i + 1) / BINS) for i in range(BINS)]
+    starts = [(a - spent.start) / unit for a, _ in edges]
     bottom = [0.0] * BINS
     for cause in (c for c in CAUSES if c in spent.seconds):
         shares = [stretch.get(cause, 0.0) for stretch in shares_of(rows, edges)]
-        starts = [(a - spent.start) / unit for a, _ in edges]
-        right.bar(
-            starts, shares, wall / BINS / unit, bottom, align="edge", color=COLOURS[cause], label=cause, linewidth=0
-        )
-        bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
+        top = [b + s for b, s in zip(bottom, shares, strict=True)]
+        # One area: between bars, however close, a viewer shows seams. The last stretch is a point more.
+        areas = ([*starts, wall / unit], [*bottom, bottom[-1]], [*top, top[-1]])
+        right.fill_between(*areas, step="post", color=COLOURS[cause], label=cause, linewidth=0)
+        bottom = top
     right.set_xlabel(f"{named} since the first start")
     right.set_ylabel("share of the time")
     right.set_ylim(0, 1)

@@ -12,6 +12,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.facts td { text-align: left; white-space: normal; vertical-align: top; overflow-wrap: anywhere; }
+.facts td:first-child { white-space: nowrap; }
 figure { margin: 1rem 0; background: white; } svg { width: 100%; height: auto; }
 .wide { overflow-x: auto; } pre { overflow-x: auto; font-size: 13px; }"""
 
@@ -47,8 +49,15 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(['<div class="wide"><table>', *lines, "</table></div>"])
 
 
+def facts(pairs: Iterable[tuple[str, object]]) -> str:
+    """A name and what is known of it, in words of any length, a line each."""
+    lines = [f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(said))}</td></tr>" for name, said in pairs]
+    return "\n".join(['<div class="wide"><table class="facts">', *lines, "</table></div>"])
+
+
 def plot(figure: Any) -> str:
     """A matplotlib figure as SVG within the page."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # which would only name addresses
+    figure.savefig(text, format="svg", metadata=none)
     return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"

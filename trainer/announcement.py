@@ -1,5 +1,6 @@
 """What a run says before it begins."""
 
+import contextlib
 import math
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import Config
-from data.dataset import Dataset
+from data.dataset import Dataset, size
 from data.shapes import batch_fields
 from sharding.fallbacks import fallbacks
 from sharding.mesh import describe
@@ -16,6 +17,8 @@ from trainer.offload import notes
 from trainer.run_folder import RunFolder
 from trainer.step import State
 from trainer.tasks import Task
+
+TAKES = "; the step takes "  # memory: `podwright report` looks for it
 
 
 def announced(
@@ -46,6 +49,18 @@ def announced(
         *(f"note        {note}" for note in [*config.notes(), *notes(config, mesh), *fallbacks(abstract, mesh)]),
         *(f"changed     {change}" for change in folder.changes[:5]),
     ]
+
+
+def compiled_in(program: jax.stages.Compiled, seconds: float) -> str:
+    """With what the step takes of a device's memory, where the compiler tells."""
+    memory = None
+    with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
+        memory = program.memory_analysis()
+    if memory is None:
+        return f"compiled in {seconds:.1f} s"
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return f"compiled in {seconds:.1f} s{TAKES}{size(total)} a device"
 
 
 def epochs_in_words(data: Dataset, steps: int) -> str:

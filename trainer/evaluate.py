@@ -1,22 +1,25 @@
 """Evaluation on held-out data, inside a run and of a finished one; and opening a run's newest checkpoint."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from configs.compare import differences
 from configs.schema import Config, ConfigError
 from configs.store import from_json
+from configs.suggestions import nearest
 from data.bad_records import taken_from
 from data.dataset import Dataset
 from models.params import Spec
 from sharding.rules import rules_for
 from trainer.saved import SavedSteps
-from trainer.storage import StorageError, folder_of
+from trainer.storage import StorageError, entries, folder_of
 from trainer.tasks import Batch, Task, make_task
 from trainer.trees import concrete
 
@@ -48,12 +51,25 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, spec: Spec) -> Batch:
 
 
 def read_config(run: str | pathlib.Path) -> Config:
-    """The config a run was started with. Raises StorageError if `run` is not a run."""
+    """The config a run was started with. Raises StorageError if `run` is not a run, and names the run beside it that is meant."""
     file = folder_of(run) / "config.json"
     try:
         return from_json(file.read_text())
     except OSError:
-        raise StorageError(f"{run} is not a podwright run: there is no {file}") from None
+        near = run_like(folder_of(run))
+        raise StorageError(
+            f"{run} is not a podwright run: there is no {file}{f', perhaps {near}' * bool(near)}"
+        ) from None
+
+
+def run_like(folder: epath.Path) -> epath.Path | None:
+    """The run beside a folder that does not exist whose name is most like it."""
+    with contextlib.suppress(Exception):  # this only helps to tell what went wrong
+        if not folder.exists():
+            near = nearest(folder.name, [entry.name for entry in entries(folder.parent)])
+            found = [folder.parent / name for name in near]
+            return next((run for run in found if (run / "config.json").exists()), None)
+    return None
 
 
 def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh, step: int | None = None) -> tuple[Any, int]:

@@ -56,9 +56,18 @@ def describe_step(saved: SavedSteps, step: int) -> tuple[str, str, str, str]:
     entries = array_entries(manifest)
     if not entries:
         return "?", "?", "?", "not known"
-    size = sum(int(np.prod(it["shape"])) * np.dtype(it["dtype"]).itemsize for it in entries.values())
+    size = stored_bytes(saved, step)
     mesh, infinite = manifest["mesh"], [name for name, it in entries.items() if not it["finite"]]
     return in_gib(size), on_mesh(mesh["axes"], mesh["processes"]), manifest["written"], few(infinite) or "yes"
+
+
+def stored_bytes(saved: SavedSteps, step: int) -> int:
+    """Of the arrays of a step; 0 where its manifest doesn't tell. Raises StorageError."""
+    try:
+        entries = array_entries(saved.manifest(step))
+    except DamagedError:
+        return 0
+    return sum(int(np.prod(it["shape"])) * np.dtype(it["dtype"]).itemsize for it in entries.values())
 
 
 def on_mesh(axes: Mapping[str, int], hosts: int) -> str:

@@ -19,7 +19,7 @@ from sharding import hosts
 from sharding.flags import compiled, compiler_options
 from sharding.mesh import make_mesh, simulate_devices
 from sharding.rules import rules_for
-from trainer.announcement import announced
+from trainer.announcement import announced, compiled_in
 from trainer.bad_records import BadRecords
 from trainer.certificate import AHEAD, Certificate, next_logged
 from trainer.checkpoint import Checkpoints
@@ -154,7 +154,7 @@ def train_in_phases(
             lowered = program.trace(teacher).lower()
             check_program(lowered)
             step_program = compiled(lowered)
-            reporter.say(f"compiled in {time.perf_counter() - lowering:.1f} s")
+            reporter.say(compiled_in(step_program, time.perf_counter() - lowering))
             hosts.meet()
             certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say)
             if start:

@@ -22,8 +22,7 @@ class Mirror:
 
     def __init__(self, address: str) -> None:
         self.address = epath.Path(address)
-        name = f"{self.address.name}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
-        self.path = pathlib.Path("~/.cache/podwright/runs").expanduser() / name
+        self.path = mirror_folder(address)
         self.identity = uuid.uuid4().hex
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -91,3 +90,9 @@ class Mirror:
 
     def close(self) -> None:
         self._thread.shutdown()
+
+
+def mirror_folder(address: str) -> pathlib.Path:
+    """Where this machine keeps the small files of the run at `address`, if it has trained it."""
+    name = f"{epath.Path(address).name}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    return pathlib.Path("~/.cache/podwright/runs").expanduser() / name

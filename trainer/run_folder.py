@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -19,7 +19,7 @@ from configs.compare import Difference, differences
 from configs.schema import Config, ConfigError
 from configs.store import from_json, to_json
 from data.dataset import DataError
-from trainer.mirror import Mirror
+from trainer.mirror import Mirror, mirror_folder
 from trainer.saved import SavedSteps
 from trainer.storage import StorageError, folder_of, reason
 
@@ -150,6 +150,42 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self._lock_file.truncate(0)
             self._lock_file.close()
+
+
+def trained_by(run: str | pathlib.Path | epath.Path) -> str | None:
+    """Who trains in a run now ("process 12 on pod-0"), None for nobody. Of a run on gs:// only processes of this machine are seen."""
+    try:
+        with open(lock_folder(run) / "lock") as lock:
+            owner = lock.read().strip()
+            if owner:  # what ended in order leaves none; a run that begins just now is not to find the lock taken
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return owner
+    except OSError:  # no lock: nobody has ever trained in it here
+        return None
+    return None
+
+
+@contextlib.contextmanager
+def kept_still(run: str | pathlib.Path | epath.Path) -> Iterator[None]:
+    """Nobody on this machine begins to train in a run meanwhile. Raises StorageError if somebody does already."""
+    if owner := trained_by(run):
+        raise StorageError(f"{owner} is training in {run}: stop it first")
+    folder = lock_folder(run)
+    if not folder.exists():  # of a run on gs:// that this machine has never trained
+        yield
+        return
+    try:
+        lock = open(folder / "lock", "a")  # noqa: SIM115 (held open for as long)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise StorageError(f"{folder / 'lock'} cannot be locked: {reason(error)}") from None
+    with lock:
+        yield
+
+
+def lock_folder(run: str | pathlib.Path | epath.Path) -> pathlib.Path:
+    return mirror_folder(str(run)) if "://" in str(run) else pathlib.Path(run).expanduser()
 
 
 def changed_entries(saved: dict, now: dict) -> str:
