@@ -1,6 +1,5 @@
 """Runs side by side on this machine: as many as its cores and memory allow, and those that fail again, where that can help."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +9,8 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from trainer.run_folder import trained_by
 
 DONE, DIVERGED, FAILED, RUNNING, WAITING, STOPPED = "done", "diverged", "failed", "running", "waiting", "stopped"
 NUMERICS, PREEMPTED = 5, 75
@@ -83,7 +84,7 @@ def run_all(members: Sequence[Member], at_once: int, changed: Callable[[Member |
             if not running and (stopping or not waiting):
                 return not stopping
             if not stopping and len(running) < at_once:
-                ready = [m for m in waiting if m.not_before <= time.monotonic() and not is_locked(m.run)]
+                ready = [m for m in waiting if m.not_before <= time.monotonic() and not trained_by(m.run)]
                 if ready and (not running or memory_left() > need):
                     free = min(set(range(at_once)) - {member.slot for member in running})
                     start(ready[0], free, cores[share * free : share * (free + 1)])
@@ -141,18 +142,6 @@ def last_words(member: Member) -> str:
         return ""
     said = [line.removeprefix("podwright: ") for line in lines if line.startswith("podwright: ")]
     return next(reversed(said or [line for line in lines if line.strip()]), "")
-
-
-def is_locked(run: pathlib.Path) -> bool:
-    """Whether a process is training in this folder."""
-    try:
-        with (run / "lock").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def memory_left() -> float:
