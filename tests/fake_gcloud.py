@@ -166,7 +166,7 @@ def make_machines(folder: pathlib.Path, resource: dict) -> None:
 
 def shim(file: pathlib.Path) -> None:
     """A Python of a machine: makes environments, and installs a wheel there without the network."""
-    file.write_text(f"#!/bin/sh\nexec {sys.executable} -S -E {__file__} --python \"$0\" \"$@\"\n")
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {__file__} --python "$0" "$@"\n')
     file.chmod(0o755)
 
 
@@ -226,7 +226,11 @@ def preempt(folder: pathlib.Path, name: str) -> None:
     """As spot machines go: hosts get SIGTERM and some seconds, then there is nothing left of them."""
     with state(folder) as known:
         known["resources"][name]["state"] = "SUSPENDING"
-        homes = [folder / "machines" / n / str(w) for n in known["resources"][name]["nodes"] for w in range(known["resources"][name]["hosts"])]
+        homes = [
+            folder / "machines" / n / str(w)
+            for n in known["resources"][name]["nodes"]
+            for w in range(known["resources"][name]["hosts"])
+        ]
     trainers = [int((home / f"podwright-{name}" / "pid").read_text()) for home in homes]
     for process in trainers:
         os.kill(process, signal.SIGTERM)

@@ -36,7 +36,7 @@ record) # runs, and keeps the exit code in a file: srun tells the largest of all
     ;;
 supervise) # holds the lock as long as the host works for the job
     exec 9>lock
-    flock --nonblock 9 || exit 0
+    flock --timeout 10 9 || exit 0 # whoever only looks holds it for a moment, too
     rm -f code
     bash ./host.sh run >>log 2>&1 9>&- &
     echo $! >pid
@@ -54,9 +54,11 @@ start)
     fi
     ;;
 status)
+    held=no # asked first: who has let go has written its code
+    [ -e lock ] && ! flock --nonblock lock true && held=yes
     if [ -e code ]; then
         echo "podwright-host ended $(cat code)"
-    elif [ -e lock ] && ! flock --nonblock lock true; then
+    elif [ $held = yes ]; then
         echo "podwright-host running"
     else
         echo "podwright-host absent"
