@@ -57,7 +57,7 @@ def tell(cloud: pathlib.Path, **facts) -> None:
 
 
 def verbs(cloud: pathlib.Path) -> list[str]:
-    return [words[3] for words in known(cloud)["calls"] if words[:3] == ["compute", "tpus", "queued-resources"]]
+    return [words[3] for words in known(cloud).get("calls", []) if words[:3] == ["compute", "tpus", "queued-resources"]]
 
 
 def words(run: pathlib.Path, *more: str) -> list[str]:
