@@ -16,7 +16,9 @@ from launch.jobs import gke
 from launch.jobs.job import AGAIN, Job
 from sharding.topologies import CHIPS, find_topology, products
 
-SCHEMA = json.loads(gzip.decompress(pathlib.Path(__file__).with_name("golden").joinpath("jobset_schema.json.gz").read_bytes()))
+SCHEMA = json.loads(
+    gzip.decompress(pathlib.Path(__file__).with_name("golden").joinpath("jobset_schema.json.gz").read_bytes())
+)
 KUBERNETES = "1.32"
 
 
@@ -28,11 +30,18 @@ def job(topology: str = "v5p-128", slices: int = 2, spot: bool = True) -> Job:
 def check(manifest: dict) -> None:
     jsonschema.validate(manifest, SCHEMA["schema"])
     for replicated in manifest["spec"]["replicatedJobs"]:
-        whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": replicated["template"]["spec"]}
+        whole = {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": "x"},
+            "spec": replicated["template"]["spec"],
+        }
         kubernetes_validate.validate(whole, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("topology", [f"{chip}-{size}" for chip in CHIPS for size in (min(products(chip)), max(products(chip)))])
+@pytest.mark.parametrize(
+    "topology", [f"{chip}-{size}" for chip in CHIPS for size in (min(products(chip)), max(products(chip)))]
+)
 @pytest.mark.parametrize("slices", [1, 4])
 def test_the_manifest_is_valid(topology, slices):
     check(gke.manifest(job(topology, slices, spot=slices == 1)))
@@ -121,7 +130,12 @@ def test_a_save_fits_the_grace_period_and_spot_is_tolerated():
 
 def test_what_is_shown_is_the_manifest(capsys, monkeypatch):
     monkeypatch.setattr("launch.jobs.planned.plan_lines", lambda config, topology, spot: iter([]))
-    assert main("launch gemma-2b --on gke --topology v5p-16 --queue team-a --run gs://bucket/x".split()) == 0
+    assert (
+        main(
+            ["launch", "gemma-2b", "--on", "gke", "--topology", "v5p-16", "--queue", "team-a", "--run", "gs://bucket/x"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     text = out[out.index("apiVersion: ") : out.index("nothing was started")]
     check(yaml.safe_load(text))

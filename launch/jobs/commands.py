@@ -164,6 +164,7 @@ def jobs_main(argv: list[str]) -> int:
         if verb == "follow":
             return scheduler.followed(job)
         if found_one is not None:
+            jobs.set_stopped(job.run, True)  # for others who follow, and for hosts that end meanwhile
             scheduler.stopped(found_one)
         jobs.set_stopped(job.run, False)
         scheduler.started(job)
@@ -203,15 +204,16 @@ def split(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def everything(place: dict[str, str]) -> list[Listed]:
-    """Jobs of the place that was named, or of all whose client is here; what can't be asked is told."""
+    """Jobs of the place that was named, or of all that take the options and whose client is here; what can't be asked is
+    told."""
     if "on" in place:
         return SCHEDULERS[place["on"]].listed(place)
     found: list[Listed] = []
-    here = [where for where, scheduler in SCHEDULERS.items() if shutil.which(scheduler.CLIENT)]
+    fit = {where: scheduler for where, scheduler in SCHEDULERS.items() if place.keys() <= scheduler.OPTIONS.keys()}
+    here = [where for where, scheduler in fit.items() if shutil.which(scheduler.CLIENT)]
     if not here:
-        raise ConfigError(
-            f"none of {', '.join(s.CLIENT for s in SCHEDULERS.values())} is installed here, which know of jobs"
-        )
+        clients = ", ".join(scheduler.CLIENT for scheduler in fit.values())
+        raise ConfigError(f"none of {clients} is installed here, which know of jobs")
     for where in here:
         try:
             found += SCHEDULERS[where].listed(place)

@@ -4,7 +4,7 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 . ./job.env # PYTHON WHEEL BUILD RUN AGAIN WORDS
-venv="${PODWRIGHT_VENV:-venv-$BUILD}"
+venv="venv-$BUILD"
 
 install() {
     [ -e "$venv/ready" ] && return 0

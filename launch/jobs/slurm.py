@@ -20,17 +20,6 @@ EARLY = 600  # seconds before the end of its time in which a job gets SIGTERM, a
 MARK = "podwright:"  # begins the comment of our jobs
 POLL = 10.0
 WORD = r"[A-Za-z0-9][-\w.]*"
-WAITING = (
-    "PENDING",
-    "RUNNING",
-    "CONFIGURING",
-    "COMPLETING",
-    "REQUEUED",
-    "SUSPENDED",
-    "REQUEUE_HOLD",
-    "SIGNALING",
-    "RESIZING",
-)
 FIELDS = "%i|%j|%T|%k"
 
 
@@ -75,7 +64,9 @@ def script(job: Job) -> str:
             f"    grep --quiet --line-regexp --recursive $code {codes} && ended=$code  # a node's own cause",
             "done",
             "case $ended in",
-            f'{" | ".join(map(str, AGAIN))}) scontrol requeue "$SLURM_JOB_ID" ;;  # saved, or worth another try',
+            f"{' | '.join(map(str, AGAIN))})",
+            f'    [ -e {shlex.quote(f"{folder}/stopped")} ] || scontrol requeue "$SLURM_JOB_ID"  # saved, or worth another try',
+            "    ;;",
             "esac",
             "exit $ended",
             "",
@@ -160,7 +151,7 @@ def logged(found: Listed) -> int:
 
 
 def stopped(found: Listed) -> None:
-    """Processes get SIGTERM, save, and end with 75; then the batch script would queue again, so it is cancelled."""
+    """Processes get SIGTERM, save, and end with 75; the batch script sees that the job is stopped and doesn't queue it again."""
     ask(["scancel", "--signal=TERM", found.number])
     deadline = time.monotonic() + EARLY
     while time.monotonic() < deadline:
