@@ -91,16 +91,19 @@ def test_a_preempted_job_is_replaced_resumes_and_leaves_nothing(cloud, tmp_path,
 
     preemption = threading.Thread(target=preempt)
     preemption.start()
-    ended = main(words(run, *["--trainer.steps", "12", "--checkpoint.every", "100", "--eval.every", "100"]))
+    steps = f"--trainer.steps 80 --checkpoint.every 100 --eval.every 100 --trainer.compilation_cache {tmp_path / 'xla'}"
+    ended = main(words(run, *steps.split()))
     preemption.join()
     said = capfd.readouterr()
     assert ended == 0, said.err
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 81))
     assert verbs(cloud).count("create") == verbs(cloud).count("delete") == 2
     assert known(cloud)["resources"] == {}
     assert left(cloud) == []
-    assert re.search(r"resumed from step \d+", said.out)
+    resumed = re.search(r"resumed from step (\d+)", said.out)
+    assert resumed, said.out
+    assert 3 <= int(resumed[1]) < 80
     assert (tmp_path / "runs" / "first-job" / "logs" / "first-1.log").exists()
 
 

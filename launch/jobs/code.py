@@ -15,7 +15,7 @@ from configs.schema import Config, ConfigError
 from configs.store import to_json
 from launch.jobs import job as jobs
 from launch.jobs.job import Job
-from trainer.storage import folder_of
+from trainer.storage import StorageError, folder_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 HOST = "host.sh"
@@ -60,7 +60,7 @@ def constraints() -> str:
     pins = {
         re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower(): found.version
         for found in importlib.metadata.distributions()
-        if found.read_text("direct_url.json") is None and "+" not in found.version
+        if found.metadata["Name"] and found.read_text("direct_url.json") is None and "+" not in found.version
     }
     return "".join(f"{name}=={pins[name]}\n" for name in sorted(pins) if name not in ("podwright", "pip", "setuptools"))
 
@@ -120,7 +120,7 @@ def fetched(job: Job, into: pathlib.Path) -> pathlib.Path:
     """The shipped code as a folder of this machine. Raises StorageError."""
     source = jobs.folder(job.run) / "code"
     if not source.exists():
-        raise jobs.StorageError(f"{source} is gone, from which hosts of {job.name} get their code: launch it again")
+        raise StorageError(f"{source} is gone, from which hosts of {job.name} get their code: launch it again")
     if "://" not in str(source):
         return pathlib.Path(source)
     into.mkdir(parents=True, exist_ok=True)

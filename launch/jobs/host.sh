@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A host of a job: `host.sh run` installs the shipped code and trains; start, status and stop do so in the background, for
-# hosts that are only reached by ssh; install and record are for Slurm. It stands in the folder that was shipped, beside job.env, whose values are quoted.
+# hosts that are only reached by ssh; install and record are for Slurm. It stands in the folder that was shipped, beside
+# job.env, whose values are quoted.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 . ./job.env # PYTHON WHEEL BUILD RUN AGAIN WORDS
@@ -44,7 +45,7 @@ supervise) # holds the lock as long as the host works for the job
     echo $? >code.partial && mv code.partial code
     ;;
 start)
-    if flock --nonblock lock true; then
+    if flock --timeout 2 lock true; then # who just ended may still hold it
         rm -f code
         setsid bash ./host.sh supervise </dev/null >/dev/null 2>&1 &
         for _ in $(seq 100); do

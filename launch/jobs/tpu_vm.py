@@ -17,6 +17,7 @@ from launch.jobs import job as jobs
 from launch.jobs import queued_resources as tpus
 from launch.jobs.client import Absent, Taken, ask, complaint, missing
 from launch.jobs.job import AGAIN, Job, Listed, SchedulerError, tell
+from trainer.storage import StorageError
 
 CLIENT = "gcloud"
 COSTS = True
@@ -136,13 +137,13 @@ class Follower:
     def look(self) -> int | None:
         """One look at the job, and what follows from it. Its exit code if it has ended."""
         job = self.job
-        if jobs.is_stopped(job.run):
-            tell(f"{job.name} was stopped; go on with: podwright jobs restart {job.run}")
-            return 75
         try:
+            if jobs.is_stopped(job.run):
+                tell(f"{job.name} was stopped; go on with: podwright jobs restart {job.run}")
+                return 75
             state, why = tpus.state_of(job)
             dead = tpus.dead_nodes(job) if state == "ACTIVE" else []
-        except SchedulerError as error:
+        except (SchedulerError, StorageError) as error:
             self.unanswered += 1
             if self.unanswered >= TRIES:
                 raise
