@@ -22,6 +22,7 @@ EXIT_CODES = {
     "StorageError": 4,
     "ConversionError": 4,
     "NumericsError": 5,
+    "SchedulerError": 69,
     "Preempted": 75,
     "AnotherHost": 76,
     "NotJoined": 76,
@@ -73,10 +74,17 @@ def train(argv: list[str]) -> int:
 
 
 def launch(argv: list[str]) -> int:
-    """train on several processes of this machine: launch NAME --on local --processes N [options of train]"""
-    from launch.local import main
+    """train on many hosts: launch NAME --on tpu-vm|gke|slurm|sky --topology T --run RUN [--yes], --on local --processes N"""
+    from launch.jobs.commands import launch as main
 
-    return usage(launch) if not argv or argv[0] in ("-h", "--help") else main(argv)
+    return main(argv)
+
+
+def jobs(argv: list[str]) -> int:
+    """what was launched: jobs list, logs JOB, follow JOB, stop JOB, restart JOB, doctor"""
+    from launch.jobs.commands import jobs_main as main
+
+    return main(argv)
 
 
 def usage(command: Callable) -> int:
@@ -232,6 +240,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "train": train,
     "launch": launch,
+    "jobs": jobs,
     "sample": sample,
     "eval": evaluate,
     "logits": logits,

@@ -23,11 +23,7 @@ def main(argv: list[str]) -> int:
     """The exit code of the run: of several that failed, the one with a cause of its own."""
     name, *rest = argv
     resolved = resolve(name, rest, OWN | {"run": "DIR", "allow": "FIELDS", "profile": "steps=A:B"})
-    where, devices = resolved.options.get("on"), resolved.config.mesh.simulated_devices
-    if where != "local":
-        raise ConfigError(
-            f"--on {where} is not local, the only place there is so far" if where else "--on WHERE is missing: local"
-        )
+    devices = resolved.config.mesh.simulated_devices
     count = whole_number(resolved.options.get("processes", "2"))
     if devices % count:
         raise ConfigError(

@@ -202,8 +202,8 @@ def file_for(option: str, path: str) -> pathlib.Path:
     return file
 
 
-def make_plan(config: Config, topology: Topology, price: float | None = None) -> Plan:
-    """Takes seconds without libtpu, and as long as the compiler with it. Raises ConfigError."""
+def make_plan(config: Config, topology: Topology, price: float | None = None, compiled: bool = True) -> Plan:
+    """Takes seconds without libtpu or `compiled`, and as long as the compiler with them. Raises ConfigError."""
     import jax
 
     from sharding.fallbacks import fallbacks
@@ -215,7 +215,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
 
     check_plannable(config)
     task = make_task(config)
-    devices = aot.topology_devices(topology) if aot.has_libtpu() else None
+    devices = aot.topology_devices(topology) if compiled and aot.has_libtpu() else None
     mesh: Any = make_mesh(config.mesh, devices) if devices else abstract_mesh(config.mesh, topology.devices)
     check_batch(config, mesh)
     with jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh):
@@ -241,11 +241,11 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         began = time.perf_counter()
         try:
             executable = aot.compile_for_tpu(program.trace())
-        except aot.TooLarge as found:
-            return dataclasses.replace(plan, too_large=found)
+        except aot.TooLarge as too_large:
+            return dataclasses.replace(plan, too_large=too_large)
         seconds = time.perf_counter() - began
     memory = executable.memory_analysis()
-    compiled = Compiled(
+    found = Compiled(
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         host=memory.host_temp_size_in_bytes,
@@ -254,7 +254,7 @@ def make_plan(config: Config, topology: Topology, price: float | None = None) ->
         estimate=estimate(executable.as_text(), machine(topology, mesh.devices.flat)),
         versions=f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}",
     )
-    return dataclasses.replace(plan, compiled=compiled)
+    return dataclasses.replace(plan, compiled=found)
 
 
 def machine(topology: Topology, devices: Any) -> Machine:

@@ -101,6 +101,12 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
+    def hosts(self) -> int:
+        """Of one slice: a host has 4 chips, but up to 8 of v5e and v6e share one."""
+        chips = math.prod(self.shape)
+        return 1 if chips <= (8 if len(self.shape) == 2 else 4) else chips // 4
+
+    @property
     def libtpu_name(self) -> str:
         return f"{self.chip.libtpu}:{'x'.join(map(str, self.shape))}"
 

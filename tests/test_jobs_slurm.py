@@ -1,0 +1,101 @@
+"""A job on Slurm: its batch script run by a queue that stands in for Slurm's, with hosts that are processes here."""
+
+import json
+import os
+import pathlib
+import re
+import sys
+import threading
+import time
+
+import fake_gcloud
+import fake_slurm
+import pytest
+
+from launch.cli import main
+from launch.jobs import code, planned, slurm
+
+EMPTY_WHEEL = b"PK\5\6" + 18 * b"\0"  # a zip file without files
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    folder = tmp_path / "slurm"
+    (folder / "bin").mkdir(parents=True)
+    for command in ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun"):
+        program = folder / "bin" / command
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_slurm.__file__} {folder} {command} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "POLL", 0.1)
+    monkeypatch.setattr(code, "build_wheel", lambda ref: ("podwright-0.1.0-py3-none-any.whl", EMPTY_WHEEL))
+    monkeypatch.setattr(planned, "plan_lines", lambda config, topology, spot: iter(["not here"]))
+    return folder
+
+
+def tell(queue: pathlib.Path, **facts) -> None:
+    with fake_gcloud.state(queue) as state:
+        state.update(facts)
+
+
+def job(queue: pathlib.Path) -> dict:
+    with fake_gcloud.state(queue) as state:
+        return json.loads(json.dumps(state["jobs"]["1"]))
+
+
+def words(run: pathlib.Path) -> list[str]:
+    return f"launch griffin-tiny --on slurm --topology v5p-16 --partition tpu --run {run}".split()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("stub", "codes"),
+    [
+        ("exit 0", [0]),
+        ("exit 3", [3]),
+        ('test "$PODWRIGHT_PROCESS" = 0 && exit 2; exit 76', [2]),  # not the largest, but the one with a cause
+        ("test -e SEEN && exit 0; touch SEEN; exit 75", [75, 0]),
+        ('test -e SEEN && exit 0; touch SEEN; test "$PODWRIGHT_PROCESS" = 0 && exit 124; exit 76', [124, 0]),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_only_after_codes_that_may_end_otherwise(stub, codes, queue, tmp_path):
+    run = tmp_path / "runs" / "first"
+    seen = str(tmp_path / "seen-$PODWRIGHT_PROCESS")
+    tell(queue, stub=stub.replace("SEEN", seen))
+    assert main(words(run)) == codes[-1]
+    assert job(queue)["codes"] == codes
+    assert list((tmp_path / "runs" / "first-job" / "logs").glob("1-1.log"))
+
+
+@pytest.mark.multiprocess
+def test_a_stopped_job_saves_and_is_not_queued_again(queue, tmp_path, capfd):
+    run, saved = tmp_path / "runs" / "first", tmp_path / "saved"
+    tell(queue, stub=f"trap 'touch {saved}-$PODWRIGHT_PROCESS; exit 75' TERM; touch {saved}-ready; sleep 1000 & wait")
+    ended: list[int] = []
+    launcher = threading.Thread(target=lambda: ended.append(main(words(run))))
+    launcher.start()
+    while not pathlib.Path(f"{saved}-ready").exists():
+        time.sleep(0.05)
+    assert main(["jobs", "list", "--on", "slurm"]) == 0
+    assert re.search(rf"first +slurm +RUNNING +1 x v5p-16 +{run}", capfd.readouterr().out)
+    assert main(["jobs", "stop", "first", "--on", "slurm"]) == 0
+    launcher.join()
+    assert pathlib.Path(f"{saved}-0").exists()
+    assert pathlib.Path(f"{saved}-1").exists()
+    assert job(queue)["codes"] == [75]
+    assert ended == [75]
+
+
+def test_a_second_job_of_a_name_is_refused(queue, tmp_path, capsys):
+    run = tmp_path / "runs" / "first"
+    entry = {"name": "first", "comment": f"podwright:{run}", "state": "PENDING", "codes": []}
+    tell(queue, jobs={"1": entry})
+    assert main(words(run)) == 2
+    assert capsys.readouterr().err.startswith("podwright: there is a job first already")
+
+
+def test_jobs_of_others_are_left_alone(queue, capsys):
+    tell(queue, jobs={"1": {"name": "theirs", "comment": "(null)", "state": "RUNNING", "codes": []}})
+    assert main(["jobs", "list", "--on", "slurm"]) == 0
+    assert capsys.readouterr().out == "no jobs\n"
+    assert main(["jobs", "stop", "theirs", "--on", "slurm"]) == 2
