@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trainer.run_folder import trained_by
+from etils import epath
+
+from trainer.run_folder import lock_folder, trained_by
 
 DONE, DIVERGED, FAILED, RUNNING, WAITING, STOPPED = "done", "diverged", "failed", "running", "waiting", "stopped"
 NUMERICS, PREEMPTED = 5, 75
@@ -28,9 +30,11 @@ class Member:
 
     label: str
     command: list[str]
-    run: pathlib.Path
+    run: epath.Path  # its folder, here or on cloud storage
     log: pathlib.Path
     steps: int
+    again: list[str] | None = None  # the command that starts it again, where that is another one
+    stop: signal.Signals = signal.SIGTERM
     state: str = WAITING
     code: int | None = None  # of its last end
     tries: int = 0
@@ -41,7 +45,7 @@ class Member:
     def progress(self) -> dict:
         """The newest record of a training step; empty before the first."""
         try:
-            with (self.run / "metrics.jsonl").open("rb") as file:
+            with (lock_folder(self.run) / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
                 lines = file.read().splitlines()
         except OSError:
@@ -58,7 +62,7 @@ class Member:
 
 def run_all(members: Sequence[Member], at_once: int, changed: Callable[[Member | None], None]) -> bool:
     """Until all have ended; `changed` hears of each new state, and of nothing (None) twice a second. False where SIGINT or
-    SIGTERM asked to stop: those that ran have then saved and ended."""
+    SIGTERM asked to stop: what ran has been told, and has ended."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = len(cores) // at_once
     stopping = False
@@ -68,7 +72,7 @@ def run_all(members: Sequence[Member], at_once: int, changed: Callable[[Member |
         stopping = True
         for member in members:
             if member.process is not None and member.process.poll() is None:
-                member.process.send_signal(signal.SIGTERM)
+                member.process.send_signal(member.stop)
 
     need = FIRST_NEED
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -101,12 +105,13 @@ def run_all(members: Sequence[Member], at_once: int, changed: Callable[[Member |
 
 
 def start(member: Member, slot: int, cores: list[int]) -> None:
+    command = member.again if member.again and member.tries else member.command
     member.log.parent.mkdir(parents=True, exist_ok=True)
     with member.log.open("a") as log:
-        log.write(f"$ {shlex.join(member.command)}\n")
+        log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         # A session of its own: ctrl-C reaches us alone, and each run gets one signal.
-        member.process = subprocess.Popen(member.command, stdout=log, stderr=log, start_new_session=True)
+        member.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     if cores:
         os.sched_setaffinity(member.process.pid, cores)  # before its threads are made: Python is still starting
     member.state, member.slot = RUNNING, slot

@@ -6,10 +6,12 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from etils import epath
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -19,21 +21,30 @@ from configs.overrides import override
 from configs.schema import Config, ConfigError
 from configs.store import to_json
 from configs.suggestions import perhaps
+from launch.jobs.commands import COMMON, OPTIONS
+from launch.jobs.job import load
+from launch.jobs.schedulers import SCHEDULERS
 from launch.pool import DIVERGED, DONE, FAILED, NUMERICS, PREEMPTED, RUNNING, WAITING, Member, last_words, run_all
+from trainer.storage import folder_of
 
 USAGE = """\
-podwright sweep NAME [--to DIR] [--at-once N] [--dry-run] [--section.field VALUE ...]
-Trains the runs of a sweep in DIR (runs/sweep-NAME), N at once (one a core), each in a folder named after its config.
-Started again it goes on with what is missing. --dry-run says what would run; overrides go to every run."""
-OPTIONS = {"to": "DIR", "at-once": "N", "dry-run": "", "retry-diverged": ""}
+podwright sweep NAME [--to DIR] [--at-once N] [--dry-run] [--retry-diverged] [--section.field VALUE ...]
+podwright sweep NAME --on WHERE --topology T --to DIR [--at-once N] [options of launch]
+Trains the runs of a sweep in DIR (runs/sweep-NAME), each in a folder named after its config: N at once (one a core), or as
+jobs on other machines, N at once (4). Started again it goes on with what is missing. --dry-run says what would run; overrides
+go to every run."""
+AT_ONCE = 4  # jobs, unless said
 OUTCOMES = "outcomes.jsonl"
+JOB = {option: word for option, word in (COMMON | OPTIONS).items() if option not in ("run", "dry-run")}
 EVERY = 60.0  # seconds between two lines of progress where there is no terminal
 
 
 def main(argv: list[str]) -> int:
-    environment = os.environ.get("JAX_PLATFORMS")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # planning needs no accelerator, and would keep it from the runs
+    import jax
+
     from launch.sweeps import SWEEPS, summary
+
+    jax.config.update("jax_platforms", "cpu")  # planning needs no accelerator, and would keep it from the runs
 
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, *(f"  {name:<20}{summary(function)}" for name, function in SWEEPS.items()), sep="\n")
@@ -41,31 +52,36 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     if name not in SWEEPS:
         raise ConfigError(f"there is no sweep {name!r}, {perhaps(name, SWEEPS)}")
-    resolved = [override(config, f"sweep {name}", rest, OPTIONS) for config in SWEEPS[name]()]
+    known = JOB | {"to": "DIR", "at-once": "N", "dry-run": "", "retry-diverged": ""}
+    resolved = [override(config, f"sweep {name}", rest, known) for config in SWEEPS[name]()]
     options = resolved[0].options
     configs = [one.config for one in resolved]
-    folder = pathlib.Path(options.get("to") or f"runs/sweep-{name}").expanduser()
+    place = job_place(options)
+    home = pathlib.Path(f"runs/sweep-{name}")
+    folder = folder_of(options.get("to") or home)
+    if "://" not in str(folder):
+        home = pathlib.Path(folder)
     labels, folders = labels_of(configs), [folder_name(config) for config in configs]
     refuse_twins(labels, folders)
-    at_once = side_by_side(options.get("at-once"), environment)
-    if environment is None:
-        del os.environ["JAX_PLATFORMS"]
-    else:
-        os.environ["JAX_PLATFORMS"] = environment
+    at_once = side_by_side(options.get("at-once"), place)
 
-    members = [member(folder, *one) for one in zip(labels, folders, configs, strict=True)]
-    outcomes = read_outcomes(folder)
+    members = [member(folder, home, place, *one) for one in zip(labels, folders, configs, strict=True)]
+    outcomes = read_outcomes(home)
     for one in members:
         if is_done(one):
             one.state = DONE
         elif outcomes.get(one.run.name) == NUMERICS and "retry-diverged" not in options:
             one.state, one.code = DIVERGED, NUMERICS
-    if "dry-run" in options:
+    paid = bool(place) and SCHEDULERS[options["on"]].COSTS
+    if "dry-run" in options or (paid and "yes" not in options):
         print("\n".join([*listed(members, configs), f"{at_once} at once in {folder}"]))
+        if place:
+            print(f"\neach as {shlex.join(['podwright', *members[0].command[3:]])}")
+            print(f"nothing was started{'' if 'dry-run' in options else ': jobs cost money, say so with --yes'}")
         return 0
-    write_down(folder, name, members, configs)
+    write_down(home, name, members, configs)
     console = Console(highlight=False, soft_wrap=True)
-    with Progress(console, folder, members) as progress:
+    with Progress(console, home, members) as progress:
         finished = run_all(members, at_once, progress.changed)
     return concluded(console, members, folder, finished, shlex.join(["podwright", "sweep", *argv]))
 
@@ -98,22 +114,46 @@ def refuse_twins(labels: Sequence[str], folders: Sequence[str]) -> None:
             raise ConfigError(f"members {first + 1} and {place + 1} of the sweep are the same config, {labels[place]}")
 
 
-def side_by_side(given: str | None, platforms: str | None) -> int:
+def job_place(options: Mapping[str, str]) -> list[str]:
+    """What `launch` is told of where jobs run; nothing for runs on this machine. Raises ConfigError."""
+    where = options.get("on")
+    if where in (None, "local"):
+        if given := next((option for option in options if option in JOB and option != "on"), None):
+            raise ConfigError(f"--{given} is of jobs on other machines: give --on, {perhaps('', SCHEDULERS)}")
+        return []
+    if where not in SCHEDULERS:
+        raise ConfigError(f"--on {where} is not a place to launch on, {perhaps(where, [*SCHEDULERS, 'local'])}")
+    for option, example in (("topology", "v5e-16"), ("to", "gs://BUCKET/sweeps/NAME")):
+        if option not in options:
+            raise ConfigError(f"--{option} is missing, which jobs on {where} need: give one, for example {example}")
+    words = [[f"--{option}", *[options[option]] * bool(JOB[option])] for option in JOB if option in options]
+    return [word for pair in words for word in pair]
+
+
+def side_by_side(given: str | None, place: Sequence[str]) -> int:
     """How many runs at once: a core each on a CPU, one where there are accelerators, which a process takes whole."""
     if given is not None:
         if not given.isdecimal() or not int(given):
             raise ConfigError(f"--at-once {given} is not a number of runs: a whole number of at least 1 is allowed")
         return int(given)
+    if place:
+        return AT_ONCE
     devices = [path for kind in ("accel*", "nvidia[0-9]*", "vfio/[0-9]*") for path in glob.glob(f"/dev/{kind}")]
-    if devices and platforms != "cpu":
+    if devices and os.environ.get("JAX_PLATFORMS") != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def member(folder: pathlib.Path, label: str, name: str, config: Config) -> Member:
-    run = folder / name
-    command = [sys.executable, "-m", "launch", "train", str(config_file(folder, name)), "--run", str(run)]
-    return Member(label, command, run, folder / "logs" / f"{name}.txt", config.trainer.steps)
+def member(folder: epath.Path, home: pathlib.Path, place: list[str], label: str, name: str, config: Config) -> Member:
+    run, podwright = folder / name, [sys.executable, "-m", "launch"]
+    log, file = home / "logs" / f"{name}.txt", str(config_file(home, name))
+    if not place:
+        return Member(label, [*podwright, "train", file, "--run", str(run)], run, log, config.trainer.steps)
+    # Who follows a job may go and come: only the job itself is asked to stop, by `podwright jobs stop`.
+    begun = [*podwright, "jobs", "follow", str(run)] if load(str(run)) else None
+    command = begun or [*podwright, "launch", file, *place, "--run", str(run)]
+    restart = [*podwright, "jobs", "restart", str(run)]
+    return Member(label, command, run, log, config.trainer.steps, again=restart, stop=signal.SIGINT)
 
 
 def config_file(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -124,9 +164,8 @@ def is_done(member: Member) -> bool:
     from trainer.run_folder import read_metrics
     from trainer.saved import SavedSteps
 
-    if SavedSteps(member.run / "checkpoints").newest() != member.steps:
-        return False
-    return member.steps in read_metrics(member.run, "eval")
+    saved = SavedSteps(member.run / "checkpoints").counts(member.steps)
+    return saved and member.steps in read_metrics(member.run, "eval")
 
 
 def listed(members: Sequence[Member], configs: Sequence[Config]) -> list[str]:
