@@ -195,6 +195,8 @@ class Follower:
         """What follows from the end of all hosts."""
         soon = time.monotonic() - self.began < SOON
         self.short = self.short + 1 if soon and ended != 75 else 0
+        if jobs.is_stopped(self.job.run):  # meanwhile: whoever stops it deletes, too
+            return None
         if ended in AGAIN and self.short < TRIES:
             tell(f"{self.job.name} ended with {ended} and goes on")
             self.start()
