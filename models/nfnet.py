@@ -22,6 +22,9 @@ from models.remat import Remat, named, rematted
 # 1 / std(gelu(z)) for z ~ N(0, 1), so that an activation keeps unit variance (sec. 2); the released code's constant.
 GELU_GAIN = 1.7015043497085571
 STEM_STRIDES = (2, 1, 1, 2)
+# A stage with more blocks than this is a loop over all but its first, which compiles one for all. For a few it would compile no
+# sooner, and a loop has to copy parameters and gradients together and apart.
+MOST_UNROLLED = 6
 
 
 # --- what the network consists of -------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ class NFNet(nnx.Module):
             first, end = end, end + depth
             blocks = [self.stages[f"stage_{s}"][f"block_{b}"] for b in range(depth)]
             rests = [(None if keys is None else keys[i], variances[i], drop_rates[i]) for i in range(first, end)]
-            alone = 1 if depth > 2 else depth
+            alone = 1 if depth > MOST_UNROLLED else depth
             for b in range(alone):
                 with jax.named_scope(f"stage_{s}/block_{b}"):
                     x = run(x, blocks[b], rests[b])

@@ -11,6 +11,7 @@ from jax import lax
 from configs.overrides import resolve
 from configs.schema import Config, MeshConfig
 from data.shapes import batch_fields
+from models import nfnet
 from models.convolution import convolve, native, on_cpu
 from models.params import named_leaves
 from sharding.mesh import make_mesh, one_device_mesh
@@ -78,6 +79,11 @@ def model_and_batch(task, found: Config, mesh):
 
 
 EIGHT = MeshConfig(data=2, fsdp=4)
+
+
+@pytest.fixture(autouse=True)
+def short_stages_are_loops(monkeypatch):
+    monkeypatch.setattr(nfnet, "MOST_UNROLLED", 2)
 
 
 @pytest.mark.parametrize(("microbatches", "meshes"), [(1, [None]), (4, [None, EIGHT])])
