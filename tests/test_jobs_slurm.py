@@ -11,9 +11,14 @@ import time
 import fake_gcloud
 import fake_slurm
 import pytest
+from runs import ROOT
 
+from configs import EXPERIMENTS
+from launch import sweeps
 from launch.cli import main
 from launch.jobs import code, planned, slurm
+from launch.sweep import folder_name
+from launch.sweeps.grids import grid
 
 EMPTY_WHEEL = b"PK\5\6" + 18 * b"\0"  # a zip file without files
 
@@ -99,3 +104,26 @@ def test_jobs_of_others_are_left_alone(queue, capsys):
     assert main(["jobs", "list", "--on", "slurm"]) == 0
     assert capsys.readouterr().out == "no jobs\n"
     assert main(["jobs", "stop", "theirs", "--on", "slurm"]) == 2
+
+
+@pytest.mark.multiprocess
+def test_a_sweep_is_a_job_for_each_run(queue, tmp_path, monkeypatch, capfd):
+    def sweep():
+        """For tests."""
+        yield from grid(EXPERIMENTS["griffin-tiny"](), {"optimizer.learning_rate": [1e-3, 2e-3]})
+
+    monkeypatch.setitem(sweeps.SWEEPS, "two", sweep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    first, second = (folder_name(config) for config in sweep())
+    tell(queue, stub=f"case $PWD in *{first}*) exit 3;; esac; exit 0")
+    to = tmp_path / "runs"
+    command = ["sweep", "two", *f"--on slurm --topology v5p-16 --partition tpu --to {to}".split()]
+    assert main([*command, "--dry-run"]) == 0
+    assert f"each as podwright launch {to}/configs/{first}.json --on slurm" in capfd.readouterr().out
+    assert main(command) == 3
+    said = capfd.readouterr().out
+    assert "failed: griffin-tiny learning_rate=0.001" in said
+    assert "1 of 2 runs are done" in said
+    with fake_gcloud.state(queue) as state:
+        names = sorted(one["name"] for one in state["jobs"].values())
+    assert names == sorted([first, second])

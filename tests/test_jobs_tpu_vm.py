@@ -78,6 +78,7 @@ def with_mark(entry: pathlib.Path, cloud: pathlib.Path) -> list[int]:
         return []
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_preempted_job_is_replaced_resumes_and_leaves_nothing(cloud, tmp_path, monkeypatch, capfd, wheel):
     monkeypatch.setattr(code, "build_wheel", lambda ref: wheel)
