@@ -21,6 +21,7 @@ NUMERICS, PREEMPTED = 5, 75
 AGAIN = {PREEMPTED: 20, 76: 20, 4: 2, 124: 1}
 KILLED = 2  # how often more where a signal ended it, as the kernel does where memory is short
 PAUSE = 10.0  # seconds before that, where it failed
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last where the terminal is closed
 FIRST_NEED = 2**30  # bytes a run is taken to need before any has been seen
 
 
@@ -61,8 +62,8 @@ class Member:
 
 
 def run_all(members: Sequence[Member], at_once: int, changed: Callable[[Member | None], None]) -> bool:
-    """Until all have ended; `changed` hears of each new state, and of nothing (None) twice a second. False where SIGINT or
-    SIGTERM asked to stop: what ran has been told, and has ended."""
+    """Until all have ended; `changed` hears of each new state, and of nothing (None) twice a second. False where a
+    signal asked to stop: what ran has been told, and has ended."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = len(cores) // at_once
     stopping = False
@@ -75,7 +76,7 @@ def run_all(members: Sequence[Member], at_once: int, changed: Callable[[Member |
                 member.process.send_signal(member.stop)
 
     need = FIRST_NEED
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         while True:
             running = [member for member in members if member.process is not None]
