@@ -15,6 +15,7 @@ from launch.scaling_laws import Interval
 K_SPREAD = 1.25  # FLOPs over N D that differ more than this from their median are said
 MOVED = 0.5  # minima that move over more than this of half the span of sizes are said
 SCATTER = 2.0  # minima this many times further from their line than losses explain are said
+STEEPEST = 3.0  # exponents above it are those of a fit that ran away
 FAR = 1.5  # a size that is off by more than this factor is not the optimal one
 
 
@@ -78,9 +79,19 @@ class Family:
     def fitted(self) -> bool:
         return bool(self.power or self.iso or self.law)
 
+    def undetermined(self) -> list[str]:
+        """Exponents of the parametric law, and E, that these points leave open, in words."""
+        found = self.law.coefficients() if self.law else {}
+        return [
+            f"{name} = {value:.3g} is not determined by these points (95 %: {low:.3g} to {high:.3g})"
+            for name, (value, (low, high)) in found.items()
+            if name in ("E", "alpha", "beta")
+            and (not low > 0.05 * value or not high < 20 * value or (name != "E" and value > STEEPEST))
+        ]
+
     def optima(self, flops: float) -> list[Optimum]:
         found = []
-        if self.law:
+        if self.law and not any(said.startswith(("alpha", "beta")) for said in self.undetermined()):
             at = self.law.optimum(flops, self.k)
             if np.isfinite([at["N"][0], *at["N"][1]]).all():  # otherwise these points do not say
                 found.append(Optimum("parametric", flops, *at["N"], at["D"][0], *at["loss"]))
@@ -187,12 +198,7 @@ def warn(family: Family) -> None:
             f"the minima of the parabolas lie {family.iso.scatter:.1f} times further from their line than the losses' scatter "
             f"explains: the intervals of isoFLOP are too short"
         )
-    if family.law:
-        found = family.law.coefficients()
-        for name in ("E", "alpha", "beta"):
-            value, (low, high) = found[name]
-            if not low > 0.05 * value or not high < 20 * value:
-                said.append(f"{name} = {value:.3g} is not determined by these points (95 %: {low:.3g} to {high:.3g})")
+    said += family.undetermined()
 
 
 def verdict(family: Family) -> list[str]:

@@ -123,7 +123,7 @@ def draw_foreseen(family: Family, figure: Any) -> None:
         axes.plot(one.run.loss, place, "o", color="#1b7837" if one.inside else "#b2182b", markersize=5)
     axes.set_yticks(places, names)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlabel("held-out loss, nats: bars predicted, dots measured (red where outside)")
+    figure.supxlabel("held-out loss, nats: bars predicted, dots measured (red where outside)", fontsize="medium")
     figure.set_figheight(max(1.8, 0.32 * len(names) + 0.9))
 
 

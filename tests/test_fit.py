@@ -1,5 +1,6 @@
 """`podwright fit`: a folder of runs becomes laws, plots, a page that stands alone and a config to train next."""
 
+import dataclasses
 import html.parser
 import json
 import shutil
@@ -12,7 +13,18 @@ from sweeps import ALPHA, BETA, law, small, with_steps, write_run, write_sweep
 
 from configs.overrides import resolve
 from launch.cli import main
-from launch.points import DIVERGED, DONE, UNFINISHED, best_runs, family_of, other_differences, parameters_of, read_runs
+from launch.fit_family import fit_family
+from launch.points import (
+    DIVERGED,
+    DONE,
+    UNFINISHED,
+    Run,
+    best_runs,
+    family_of,
+    other_differences,
+    parameters_of,
+    read_runs,
+)
 from trainer.tasks import make_task
 
 
@@ -321,3 +333,25 @@ def test_a_family_with_too_few_points_is_said_beside_the_others(tmp_path, capsys
     )
     assert "transformer: the parametric law needs 8 points" in said
     assert not (tmp_path / "next-transformer.json").exists()
+
+
+# docs/studies/nfnets.md: digits are learned by heart, so that more epochs do harm and no law in D holds.
+LEARNED_BY_HEART = {
+    61_790: (0.2582, 0.2206, 0.2132, 0.2770),
+    230_246: (0.2312, 0.2118, 0.2068, 0.2296),
+    507_246: (0.2043, 0.1572, 0.1714, 0.1497),
+    1_099_255: (0.2197, 0.1570, 0.1700, 0.1694),
+}
+
+
+def test_a_law_that_does_not_hold_says_nothing_of_sizes():
+    config = resolve("nfnet-tiny").config
+    runs = [
+        Run(f"{size}-{epochs}", config, "convnets", size, 1424 * epochs, 0.0, DONE, 0, loss)
+        for size, losses in LEARNED_BY_HEART.items()
+        for epochs, loss in zip((4, 8, 16, 32), losses, strict=True)
+    ]
+    runs = [dataclasses.replace(run, flops_per_step=18 * run.parameters * run.examples / 300) for run in runs]
+    family = fit_family("convnets", runs)
+    assert any(said.startswith("beta") for said in family.undetermined())
+    assert [one.method for one in family.optima(1e13)] == ["frontier"]
