@@ -5,12 +5,14 @@ import os
 import pathlib
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
 from runs import SMALL, finish, signal_at, start
 
 from configs import EXPERIMENTS
+from configs.fields import fields_of, values_of
 from configs.overrides import resolve
 from configs.schema import ConfigError
 from launch import sweeps
@@ -107,6 +109,16 @@ def test_a_folder_is_named_after_what_the_config_says_wherever_that_was_said():
     words = ["--optimizer.learning_rate", "0.5"]
     one, other = resolve("griffin-tiny", words).config, changed(TINY, {"optimizer.learning_rate": 0.5})
     assert folder_name(one) == folder_name(other) != folder_name(TINY)
+
+
+def test_a_field_that_comes_later_renames_no_folder_as_long_as_it_has_its_default(monkeypatch):
+    before = folder_name(TINY)
+    later = types.SimpleNamespace(field=types.SimpleNamespace(default=0))
+    monkeypatch.setattr("launch.sweep.fields_of", lambda kinds: fields_of(kinds) | {"trainer.later": later})
+    monkeypatch.setattr("launch.sweep.values_of", lambda config: values_of(config) | {"trainer.later": 0})
+    assert folder_name(TINY) == before
+    monkeypatch.setattr("launch.sweep.values_of", lambda config: values_of(config) | {"trainer.later": 1})
+    assert folder_name(TINY) != before
 
 
 # --- runs side by side ------------------------------------------------------------------------------------------------
