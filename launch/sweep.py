@@ -275,4 +275,5 @@ def concluded(console: Console, members: Sequence[Member], folder: pathlib.Path,
     console.print("\n".join(lines), markup=False)
     if not finished:
         return PREEMPTED
-    return next((abs(member.code or 1) for member in of[FAILED]), 0)
+    code = next((member.code or 1 for member in of[FAILED]), 0)
+    return code if code >= 0 else 128 - code  # ended by a signal
