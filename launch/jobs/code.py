@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 import tempfile
 from dataclasses import replace
 
@@ -71,10 +70,9 @@ def build_wheel(ref: str | None) -> tuple[str, bytes]:
         source = ROOT
         if ref:
             source = pathlib.Path(space, "source")
-            archive = pathlib.Path(space, "source.tar")
-            git("archive", f"--output={archive}", ref)
-            with tarfile.open(archive) as files:
-                files.extractall(source, filter="data")
+            commit = git("rev-parse", "--verify", f"{ref}^{{commit}}")
+            git("clone", "--quiet", "--shared", "--no-checkout", ".", str(source))
+            git("-C", str(source), "checkout", "--quiet", "--detach", commit)
         out = pathlib.Path(space, "wheel")
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
         ended = subprocess.run(command, capture_output=True, text=True)
