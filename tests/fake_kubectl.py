@@ -123,8 +123,8 @@ def create(folder: pathlib.Path, names: list[str], flags: dict[str, str]) -> Non
         given["status"] = {"restarts": 0}
         known["jobsets"][name] = given
         again = [sys.executable, "-S", "-E", __file__, str(folder), "control", name]
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(again, start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
+        with open(folder / "controller.log", "a") as log:
+            process = subprocess.Popen(again, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         known.setdefault("controllers", []).append(process.pid)
     print(f"jobset.jobset.x-k8s.io/{name} created")
 
@@ -209,7 +209,9 @@ def reconcile(folder: pathlib.Path, known: dict, jobset: dict, processes: dict) 
                 why.append(reason)
                 remove(known, [pod for pod in own if is_active(pod)], processes)
                 continue
-            indices = {pod["metadata"]["labels"][INDEX] for pod in own if pod["status"]["phase"] != "Failed"}
+            indices = {
+                pod["metadata"]["labels"][INDEX] for pod in own if pod["status"]["phase"] in ("Running", "Succeeded")
+            }
             for index in range(spec["completions"]):
                 if str(index) not in indices:
                     start(folder, known, jobset, spec, number, index, processes)
@@ -348,14 +350,17 @@ def remove(known: dict, pods: list[dict], processes: dict) -> None:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, 1.0)):
-        going = [process for process in processes if process.poll() is None]
-        for process in going:
-            with contextlib.suppress(ProcessLookupError):
-                (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-        until = time.monotonic() + patience
-        while time.monotonic() < until and any(process.poll() is None for process in going):
-            time.sleep(STEP)
+    """First processes get SIGTERM, as a container's first process does, then whatever they started is killed."""
+    for process in processes:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGTERM)
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until and any(process.poll() is None for process in processes):
+        time.sleep(STEP)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # --- what tests do to a cluster ------------------------------------------------------------------------------------------

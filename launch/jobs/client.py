@@ -122,4 +122,6 @@ def first_line(said: str) -> str:
         "without a word"
     ]
     line = next((line for line in lines if re.search(r"error|ERROR|[Ee]rror from server", line)), lines[0])
-    return re.sub(r"^(sbatch: |sacct: )?(ERROR|error|Error):?\s*(\(gcloud[\w.-]*\))?\s*", "", line)[:300]
+    return re.sub(
+        r"^(sbatch: |sacct: )?(ERROR|error|Error)( from server)?( \(\w+\))?:\s*(\(gcloud[\w.-]*\))?\s*", "", line
+    )[:300]
