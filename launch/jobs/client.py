@@ -62,6 +62,18 @@ MEANINGS = (
         r"no matches for kind \"JobSet\"|doesn't have a resource type \"jobset",
         "the cluster has no JobSet controller: an administrator has to install it (https://jobset.sigs.k8s.io)",
     ),
+    (
+        r"Cloud access is not set up|NoCloudAccessError",
+        "SkyPilot has no access to Google Cloud: `sky check gcp` says why",
+    ),
+    (
+        r"ApiServerConnectionError|Could not connect to SkyPilot API server",
+        "SkyPilot's API server does not answer: `sky api info` says which it is, `sky api start` starts one here",
+    ),
+    (
+        r"ResourcesUnavailableError|not enabled\. To enable access",
+        "SkyPilot can't have that TPU ({line}): `sky check gcp`, another --topology or another --zone may help",
+    ),
     (r"[Ii]nvalid partition", "Slurm knows no such partition: `sinfo --summarize` lists those there are"),
     (r"[Ii]nvalid account", "Slurm does not let you use that account ({line}): give another --account"),
 )
