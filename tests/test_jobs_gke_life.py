@@ -317,3 +317,21 @@ def test_a_finished_job_that_nobody_followed_is_found(cluster, tmp_path, capfd):
     assert main(["jobs", "follow", "first", "--on", "gke"]) == 3
     assert "the tokenizer is gone" in capfd.readouterr().out
     assert known(cluster)["jobsets"] == {}
+
+
+@pytest.mark.multiprocess
+def test_a_host_that_is_told_to_go_while_it_installs_does_not_begin(tmp_path):
+    """As the first process of a container, which hears only signals that it handles."""
+    (tmp_path / "host.sh").write_bytes(pathlib.Path(gke.__file__).with_name("host.sh").read_bytes())
+    (tmp_path / "job.env").write_text("PYTHON=x WHEEL=x BUILD=x RUN=x AGAIN=x WORDS=()\n")
+    program = tmp_path / "pythonx"
+    program.write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/installing; sleep 0.5; mkdir -p $3/bin; cp $0 $3/bin/python; chmod +x $3/bin/python\n"
+    )
+    program.chmod(0o755)
+    host = subprocess.Popen(
+        ["bash", str(tmp_path / "host.sh"), "run"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path
+    )
+    until((tmp_path / "installing").exists)
+    host.terminate()
+    assert host.wait(timeout=20) == 75

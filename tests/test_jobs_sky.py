@@ -193,6 +193,13 @@ def test_restart_waits_until_the_machines_of_before_are_gone(cloud, tmp_path, ca
     assert {one["status"] for one in known(cloud)["jobs"].values()} == {"CANCELLED", "SUCCEEDED"}
 
 
+def test_a_server_that_starts_first_is_not_an_answer(cloud, capfd):
+    tell(cloud, controller=True)
+    assert main(["jobs", "list", "--on", "sky"]) == 0
+    assert known(cloud)["server"]
+    assert capfd.readouterr().out == "no jobs\n"
+
+
 # As SkyPilot 0.14.1 said them.
 @pytest.mark.parametrize(
     ("says", "sentence"),
