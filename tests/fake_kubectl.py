@@ -5,7 +5,7 @@ What a pod's end leads to is read from the manifest, as Kubernetes (podFailurePo
 say. Each JobSet has a process of its own that does what their controllers do.
 
 state: {"jobsets": {name: object}, "pods": {name: object}, "configmaps": {name: {file: content}}, "calls": [words],
-"refusals": [[beginning of a command, what it says, how often]], "stub": shell command that pods run instead of training}
+"refusals": [[beginning of a command, what it says, how often]], "latency": seconds of a command, "stub": shell command that pods run instead of training}
 """
 
 import base64
@@ -48,7 +48,8 @@ def main(folder: pathlib.Path, words: list[str]) -> None:
         known.setdefault("calls", []).append(words)
         for kind in FULL:
             known.setdefault(kind, {})
-        said = refusal(known, " ".join(words))
+        said, latency = refusal(known, " ".join(words)), known.get("latency", 0)
+    time.sleep(latency)
     if said:
         refuse(said)
     verb, *rest = words

@@ -219,7 +219,9 @@ def test_a_cluster_that_is_away_for_a_moment_does_not_end_the_launcher(cluster, 
     launcher, ended = in_background(words(tmp_path))
     until(lambda: (tmp_path / "ready").exists())
     until(lambda: "running" in capfd.readouterr().err)
-    tell(cluster, refusals=[["get", "Unable to connect to the server: net/http: TLS handshake timeout", 3]])
+    tell(
+        cluster, refusals=[["get", "Unable to connect to the server: net/http: TLS handshake timeout", 3]], latency=0.3
+    )
     until(lambda: known(cluster)["refusals"][0][2] == 0)
     (tmp_path / "go").touch()
     launcher.join()
@@ -283,6 +285,14 @@ FORBIDDEN = (
             "create --filename",
             FORBIDDEN.format("jobsets.jobset.x-k8s.io", "create"),
             "your account may not do that (" + FORBIDDEN.format("jobsets.jobset.x-k8s.io", "create")[len("Error from server (Forbidden): ") :] + ")",
+        ),
+        (
+            "create --filename",
+            'Error from server (Forbidden): error when creating "STDIN": jobsets.jobset.x-k8s.io "first" is forbidden: exceeded '
+            "quota: team, requested: count/jobsets.jobset.x-k8s.io=1, used: 3, limited: 3",
+            'the quota does not allow it (error when creating "STDIN": jobsets.jobset.x-k8s.io "first" is forbidden: exceeded '
+            "quota: team, requested: count/jobsets.jobset.x-k8s.io=1, used: 3, limited: 3): ask for more (console: IAM, Quotas), "
+            "or give a smaller --topology, another --zone or --spot, which has a quota of its own",
         ),
         (
             "create configmap",
