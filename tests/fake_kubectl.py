@@ -1,11 +1,12 @@
 """A kubectl with a cluster behind it, for tests: state in a JSON file, pods are processes here. Called as `fake_kubectl.py FOLDER
 WORDS...`; tests look into and write FOLDER/state.json.
 
-What a pod's end leads to is read from the manifest, as Kubernetes (podFailurePolicy, backoffLimit) and JobSet 0.8 (failurePolicy)
-say. Each JobSet has a process of its own that does what their controllers do.
+What a pod's end leads to is read from the manifest, as Kubernetes (podFailurePolicy, backoffLimit) and JobSet (failurePolicy,
+failure_policy.go) say. Each JobSet has a process of its own that does what their controllers do.
 
 state: {"jobsets": {name: object}, "pods": {name: object}, "configmaps": {name: {file: content}}, "calls": [words],
-"refusals": [[beginning of a command, what it says, how often]], "latency": seconds of a command, "stub": shell command that pods run instead of training}
+"refusals": [[beginning of a command, what it says, how often]], "latency": seconds of a command,
+"stub": shell command that pods run instead of training}
 """
 
 import base64

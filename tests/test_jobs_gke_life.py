@@ -83,7 +83,6 @@ FIRST = 'test -e SEEN && exit 0; test "$PODWRIGHT_PROCESS" = {} && {{ touch SEEN
         (FIRST.format(3, 124), "--slices 2", 0, 1),
         ("exit 2", "", 2, 0),
         ("exit 5", "", 5, 0),
-        ('test "$PODWRIGHT_PROCESS" = 1 && echo no such shard && exit 3; sleep 60', "", 3, 0),
         ('test "$PODWRIGHT_PROCESS" = 2 && echo no such shard && exit 3; sleep 60', "--slices 2", 3, 0),
     ],
 )
@@ -119,7 +118,7 @@ def test_exit_codes_end_a_job_or_start_all_its_pods_again(stub, more, ended, aga
 def test_a_job_that_fails_again_and_again_ends_at_last(cluster, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gke, "RESTARTS", 2)
     monkeypatch.setattr(gke, "FINAL", ())  # so that the rules are what decides: 3 is no longer final
-    tell(cluster, stub=f"echo >>{tmp_path}/attempts-$PODWRIGHT_PROCESS; exit 3")
+    tell(cluster, stub=f'test "$PODWRIGHT_PROCESS" = 1 && sleep 60; echo >>{tmp_path}/attempts-0; exit 3')
     assert main(words(tmp_path)) == 3
     assert len((tmp_path / "attempts-0").read_text().splitlines()) == 3
 
@@ -172,7 +171,7 @@ def test_waiting_for_a_queue_nodes_or_an_image_is_told(cluster, tmp_path, capfd)
 
 @pytest.mark.multiprocess
 def test_any_machine_takes_a_job_over_with_what_the_cluster_knows(cluster, tmp_path, capfd):
-    """Processes that know nothing of the launcher."""
+    """One of them is a process of its own here."""
     saved = tmp_path / "saved"
     tell(
         cluster,
@@ -181,29 +180,26 @@ def test_any_machine_takes_a_job_over_with_what_the_cluster_knows(cluster, tmp_p
     )
     launcher, ended = in_background(words(tmp_path))
     until(lambda: pathlib.Path(f"{saved}-ready").exists())
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-    def podwright(*argv: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "launch", "jobs", *argv, "--on", "gke"]
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
     assert main(["jobs", "list", "--on", "gke"]) == 0
     assert re.search(rf"first +gke +Active +1 x v5p-16 +{tmp_path}/runs/first", capfd.readouterr().out)
     assert main(words(tmp_path)) == 2  # a second one of that name
     assert "there is a job first already" in capfd.readouterr().err
-    logs, follower = podwright("logs", "first"), podwright("follow", "first")
-    assert logs.stdout is not None
+    command = [sys.executable, "-m", "launch", "jobs", "follow", "first", "--on", "gke"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    follower = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    logs, shown = in_background(["jobs", "logs", "first", "--on", "gke"])
     assert follower.stdout is not None
-    assert logs.stdout.readline() == "here is 0\n"
     assert "running" in follower.stdout.readline()
+    assert "here is 0" in capfd.readouterr().out
     assert main(["jobs", "stop", "first", "--on", "gke"]) == 0
     launcher.join()
     assert ended == [75]
     assert "no longer there" in follower.communicate(timeout=60)[0]
     assert follower.returncode == 75
-    logs.communicate(timeout=60)
+    logs.join(timeout=60)
+    assert shown == [0]
     assert pathlib.Path(f"{saved}-0").exists()
     assert pathlib.Path(f"{saved}-1").exists()
     assert known(cluster)["jobsets"] == known(cluster)["pods"] == known(cluster)["configmaps"] == {}
