@@ -19,6 +19,10 @@ NEEDED = {
 # What a client says -> what it means and what helps. The first that is found counts; {line} is the client's own.
 MEANINGS = (
     (
+        r"gke-gcloud-auth-plugin not found",
+        "kubectl can't log in to GKE without its plugin: gcloud components install gke-gcloud-auth-plugin",
+    ),
+    (
         r"active account|gcloud auth login|[Rr]eauthentication|invalid_grant|credentials were not found",
         "{client} is not logged in: gcloud auth login",
     ),
@@ -27,7 +31,7 @@ MEANINGS = (
         "the project has no TPUs yet: gcloud services enable tpu.googleapis.com",
     ),
     (
-        r"RESOURCE_EXHAUSTED|[Qq]uota\b.*exceeded|quotaExceeded|exceeds? .*quota",
+        r"RESOURCE_EXHAUSTED|[Qq]uota\b.*exceeded|quotaExceeded|exceed(s|ed)? .*quota",
         "the quota does not allow it ({line}): ask for more (console: IAM, Quotas), or give a smaller --topology, another "
         "--zone or --spot, which has a quota of its own",
     ),
@@ -41,14 +45,40 @@ MEANINGS = (
     ),
     (r"PERMISSION_DENIED|does not have permission|[Ff]orbidden", "your account may not do that ({line})"),
     (
+        r"must be logged in to the server|asked for the client to provide credentials",
+        "the cluster does not know who you are ({line}): gcloud auth login, then gcloud container clusters get-credentials "
+        "CLUSTER --location LOCATION",
+    ),
+    (
+        r"context was not found|context \".*\" does not exist",
+        "kubectl's context is not in its configuration ({line}): `kubectl config get-contexts` lists those that are, "
+        "`kubectl config use-context` takes one",
+    ),
+    (
         r"current-context is not set|[Uu]nable to connect to the server|was refused - did you specify|no configuration has been provided",
         "kubectl reaches no cluster: gcloud container clusters get-credentials CLUSTER --location LOCATION",
     ),
-    (r"no matches for kind \"JobSet\"", "the cluster has no JobSet controller: an administrator has to install it"),
+    (
+        r"no matches for kind \"JobSet\"|doesn't have a resource type \"jobset",
+        "the cluster has no JobSet controller: an administrator has to install it (https://jobset.sigs.k8s.io)",
+    ),
+    (
+        r"Cloud access is not set up|NoCloudAccessError",
+        "SkyPilot has no access to Google Cloud: `sky check gcp` says why",
+    ),
+    (
+        r"ApiServerConnectionError|Could not connect to SkyPilot API server",
+        "SkyPilot's API server does not answer: `sky api info` says which it is, `sky api start` starts one here",
+    ),
+    (
+        r"ResourcesUnavailableError|not enabled\. To enable access",
+        "SkyPilot can't have that TPU ({line}): `sky check gcp`, another --topology or another --zone may help",
+    ),
     (r"[Ii]nvalid partition", "Slurm knows no such partition: `sinfo --summarize` lists those there are"),
     (r"[Ii]nvalid account", "Slurm does not let you use that account ({line}): give another --account"),
 )
 ABSENT = r"NOT_FOUND|NotFound|not found|does not exist|No (managed )?jobs? found|[Ii]nvalid job id"
+LOG = r"[EWIF]\d{4} \d\d:"  # begins a line of kubectl's own log
 THERE = r"ALREADY_EXISTS|AlreadyExists|already exists"
 
 
@@ -99,6 +129,11 @@ def complaint(argv: Sequence[str], said: str) -> Exception:
 
 def first_line(said: str) -> str:
     """The line that says what is wrong, shortened."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["without a word"]
+    said = re.sub(r"\x1b\[[\d;]*m", "", said)  # colours
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not re.match(LOG, line)] or [
+        "without a word"
+    ]
     line = next((line for line in lines if re.search(r"error|ERROR|[Ee]rror from server", line)), lines[0])
-    return re.sub(r"^(sbatch: |sacct: )?(ERROR|error|Error):?\s*(\(gcloud[\w.-]*\))?\s*", "", line)[:300]
+    return re.sub(
+        r"^(sbatch: |sacct: )?(ERROR|error|Error)( from server)?( \(\w+\))?:\s*(\(gcloud[\w.-]*\))?\s*", "", line
+    )[:300]

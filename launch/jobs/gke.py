@@ -3,6 +3,7 @@
 The shipped code is a ConfigMap (a wheel of half a megabyte; one holds a whole), so that neither image nor bucket has to be made.
 """
 
+import contextlib
 import pathlib
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from configs.schema import ConfigError
 from launch.jobs import code
 from launch.jobs import job as jobs
 from launch.jobs.client import Absent, Taken, answer, ask, missing
-from launch.jobs.job import FINAL, Job, Listed, tell
+from launch.jobs.job import FINAL, Job, Listed, SchedulerError, tell
 
 CLIENT = "kubectl"
 COSTS = True
@@ -35,6 +36,8 @@ LABEL, ANNOTATION = "podwright-job", "podwright/job"
 GRACE = 600  # seconds for a save; a spot machine gives 25, whatever stands here
 RESTARTS = 100
 POLL = 10.0
+TRIES = 30  # questions in a row without an answer
+QUEUE = "kueue.x-k8s.io/queue-name"
 IMAGE = r"[a-zA-Z0-9][-\w./:@]+"
 SIZE = 2**20  # bytes that a ConfigMap holds
 
@@ -96,7 +99,7 @@ def manifest(job: Job) -> dict[str, Any]:
         },
         "template": {"metadata": {"labels": {LABEL: job.name}}, "spec": pod},
     }
-    labels = {LABEL: job.name} | ({"kueue.x-k8s.io/queue-name": job.place["queue"]} if job.place.get("queue") else {})
+    labels = {LABEL: job.name} | ({QUEUE: job.place["queue"]} if job.place.get("queue") else {})
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -133,7 +136,7 @@ APPLYING = ["kubectl", "create", "--filename=-"]
 
 
 def shown(job: Job) -> str:
-    commands = [shipping(job, "code"), [*APPLYING[:-1], "--filename=jobset.yaml"]]
+    commands = [[*APPLYING[:-1], "--filename=jobset.yaml"], shipping(job, "code")]
     return "\n".join(map(shlex.join, commands)) + "\n--- jobset.yaml\n" + yaml.safe_dump(manifest(job), sort_keys=False)
 
 
@@ -144,38 +147,52 @@ def started(job: Job) -> None:
         size = sum(file.stat().st_size for file in folder.iterdir())
         if size >= SIZE:
             raise ConfigError(f"the code is {size:,} bytes, and a ConfigMap holds {SIZE:,}: give --on tpu-vm or sky")
-        answer(["kubectl", "delete", "configmap", config_map(job), "--ignore-not-found"])  # of a job of before
-        ask(shipping(job, str(folder)))
-    try:
-        ask(APPLYING, given=yaml.safe_dump(manifest(job), sort_keys=False))
-    except Exception as error:
-        answer(["kubectl", "delete", "configmap", config_map(job), "--ignore-not-found"])
-        if isinstance(error, Taken):
+        try:
+            ask(APPLYING, given=yaml.safe_dump(manifest(job), sort_keys=False))
+        except Taken:
             raise ConfigError(jobs.taken(job.name)) from None
-        raise
+        # Only whoever made the set touches its code. Pods wait for it.
+        try:
+            ask(["kubectl", "delete", "configmap", config_map(job), "--ignore-not-found"])  # of a job of before
+            ask(shipping(job, str(folder)))
+        except BaseException:
+            answer(["kubectl", "delete", "jobset", job.name, "--ignore-not-found"])
+            raise
 
 
 def followed(job: Job) -> int:
-    """The cluster restarts by itself; this prints worker 0's log and waits. Returns 0, or 1 where the set failed."""
-    said, log = "", None
+    """The cluster restarts by itself; this prints worker 0's log and waits. Returns the exit code of the pods."""
+    said, unanswered = "", 0
+    log: subprocess.Popen | None = None
     try:
         while True:
             try:
                 found = jobs.parsed(ask(["kubectl", "get", "jobset", job.name, "--output=json"]), "kubectl")
+                ended = found.get("status", {}).get("terminalState", "")
+                pod = {} if ended else first_pod(job.name)
+                unanswered = 0
             except Absent:
                 tell(f"{job.name} is no longer there")
                 return 75
-            status = found.get("status", {})
-            state = status.get("terminalState", "") or f"restarts: {status.get('restarts', 0)}"
+            except SchedulerError as error:  # the control plane is away for minutes when it is upgraded
+                unanswered += 1
+                if not said or unanswered >= TRIES:
+                    raise
+                tell(f"{error}; asking again")
+                time.sleep(POLL)
+                continue
+            state = ended or state_of(found, pod)
             if state != said:
                 tell(f"{job.name}: {state}")
             said = state
-            if status.get("terminalState"):
-                if log is not None:
-                    log.wait(timeout=60)
+            if ended:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    if log is not None:
+                        log.wait(timeout=60)
+                exit_code = 0 if ended == "Completed" else failed_with(job.name, log is None)  # pods go with the set
                 remove(job.name)
-                return 0 if status["terminalState"] == "Completed" else failed_with(job.name)
-            if (log is None or log.poll() is not None) and running(job.name):
+                return exit_code
+            if (log is None or log.poll() is not None) and pod.get("status", {}).get("phase") == "Running":
                 log = subprocess.Popen(tailing(job.name), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             time.sleep(POLL)
     except KeyboardInterrupt:
@@ -189,28 +206,62 @@ def followed(job: Job) -> int:
             log.wait()
 
 
-def failed_with(name: str) -> int:
-    """The exit code of the pods of a set that failed; 1 where they are gone."""
-    found = jobs.parsed(ask(["kubectl", "get", "pods", f"--selector={LABEL}={name}", "--output=json"]), "kubectl") or {}
-    codes = [
-        status.get("state", {}).get("terminated", {}).get("exitCode", 0)
-        for pod in found.get("items", [])
-        for status in pod.get("status", {}).get("containerStatuses", [])
+def state_of(found: dict[str, Any], pod: dict[str, Any]) -> str:
+    """Of a set that has not ended, with its first pod, in words."""
+    if found.get("spec", {}).get("suspend"):
+        queue = found["metadata"].get("labels", {}).get(QUEUE)
+        return f"waits in Kueue's queue {queue}" if queue else "suspended"
+    restarts = found.get("status", {}).get("restarts", 0)
+    status = pod.get("status", {})
+    if status.get("phase") == "Running":
+        return "running" + (f", restarts: {restarts}" if restarts else "")
+    reasons = [
+        f"{condition.get('reason', '')}, {condition.get('message', '')}"
+        for condition in status.get("conditions", [])
+        if condition["type"] == "PodScheduled" and condition["status"] == "False"
     ]
-    return jobs.outcome(codes) or 1
+    for container in status.get("containerStatuses", []):
+        waiting = container.get("state", {}).get("waiting", {})
+        if "Image" in waiting.get("reason", ""):
+            reasons.append(f"{waiting['reason']}, {waiting.get('message', '')}")
+    return "waits for its pods" + (f" ({reasons[0][:200]})" if reasons else "")
 
 
-def first_pod(name: str) -> str:
+def pods(labels: str) -> list[dict[str, Any]]:
+    found = jobs.parsed(ask(["kubectl", "get", "pods", f"--selector={labels}", "--output=json"]), "kubectl") or {}
+    return found.get("items", [])
+
+
+def failed_with(name: str, unseen: bool) -> int:
+    """The exit code of the pods of a set that failed, 1 where they are gone; prints the end of the log of the one with the
+    cause, unless it is worker 0's and was printed."""
+    codes = {
+        pod["metadata"]["name"]: status.get("state", {}).get("terminated", {}).get("exitCode", 0)
+        for pod in pods(f"{LABEL}={name}")
+        for status in pod.get("status", {}).get("containerStatuses", [])
+    }
+    exit_code = jobs.outcome(codes.values()) or 1
+    first = [pod["metadata"]["name"] for pod in pods(selector(name))]
+    cause = next((pod for pod, ended in codes.items() if ended == exit_code), "")
+    if cause and (unseen or cause not in first):
+        tell(f"{cause} ended with exit code {exit_code}:")
+        subprocess.run(["kubectl", "logs", cause, "--tail=100"], stdin=subprocess.DEVNULL)
+    return exit_code
+
+
+def selector(name: str) -> str:
+    """Of worker 0 of slice 0."""
     return f"jobset.sigs.k8s.io/jobset-name={name},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 
 
-def running(name: str) -> bool:
-    command = ["kubectl", "get", "pods", f"--selector={first_pod(name)}", "--output=jsonpath={.items[*].status.phase}"]
-    return "Running" in answer(command)[1]
+def first_pod(name: str) -> dict[str, Any]:
+    """That of worker 0: of several, as while a set starts again, the one that runs; {} if there is none."""
+    found = sorted(pods(selector(name)), key=lambda pod: pod.get("status", {}).get("phase") != "Running")
+    return found[0] if found else {}
 
 
 def tailing(name: str) -> list[str]:
-    return ["kubectl", "logs", "--follow", "--tail=-1", f"--selector={first_pod(name)}"]
+    return ["kubectl", "logs", "--follow", "--tail=-1", f"--selector={selector(name)}"]
 
 
 def listed(place: Mapping[str, str]) -> list[Listed]:

@@ -21,6 +21,7 @@ install() {
 
 case "$1" in
 run)
+    trap 'exit 75' TERM # a container's first process hears only signals that it handles; nothing has to be saved yet
     install || { echo "podwright: $(hostname): the shipped code could not be installed" >&2; exit 69; }
     export PODWRIGHT_COMMAND="$AGAIN"
     exec "$venv/bin/python" -m launch train ./config.json --run "$RUN" "${WORDS[@]}"

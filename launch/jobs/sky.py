@@ -1,9 +1,12 @@
 """SkyPilot: a managed job, which SkyPilot itself moves to other machines when its own are lost."""
 
+import contextlib
 import pathlib
+import re
 import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +15,8 @@ import yaml
 from configs.schema import ConfigError
 from launch.jobs import code
 from launch.jobs import job as jobs
-from launch.jobs.client import ask, missing
-from launch.jobs.job import AGAIN, Job, Listed
+from launch.jobs.client import answer, ask, complaint, missing
+from launch.jobs.job import AGAIN, Job, Listed, SchedulerError, tell
 from launch.jobs.queued_resources import ACCELERATORS, RUNTIMES
 
 CLIENT = "sky"
@@ -21,6 +24,10 @@ COSTS = True
 OPTIONS = {"zone": "ZONE"}
 OURS = "podwright-"  # begins the names of our jobs, the only thing that its queue tells
 ENDED = ("SUCCEEDED", "CANCELLED", "FAILED")  # beginnings of states
+NONE = "No in-progress managed jobs"  # what it says where there is no controller, which the first launch makes
+POLL = 30.0
+TRIES = 10  # questions in a row without an answer
+GONE = 1800.0  # seconds that deleting machines may take
 
 
 def completed(job: Job) -> Job:
@@ -72,28 +79,97 @@ def started(job: Job) -> None:
 
 
 def followed(job: Job) -> int:
-    """Prints the log until the job ends. Returns 0, or 1 where it failed: SkyPilot does not tell with which code."""
-    logged(Listed(job.name, "sky", "", True))
-    found = [entry for entry in listed({}) if entry.name == job.name]
-    return 0 if found and found[0].state == "SUCCEEDED" else 1
+    """Prints the log until the job has ended, through recoveries. Returns its exit code; raises SchedulerError where SkyPilot
+    gave up by itself."""
+    said, unanswered = "", 0
+    log: subprocess.Popen | None = None
+    try:
+        while True:
+            try:
+                row = next((row for row in queue() if row["job_name"] == OURS + job.name), None)
+                unanswered = 0
+            except SchedulerError as error:
+                unanswered += 1
+                if not said or unanswered >= TRIES:
+                    raise
+                tell(f"{error}; asking again")
+                time.sleep(POLL)
+                continue
+            if row is None:
+                tell(f"{job.name} is no longer there")
+                return 75
+            state, number = state_of(row), str(row["job_id"])
+            if state != said:
+                tell(f"{job.name} ({number}): {state}")
+            said = state
+            ended = state.startswith(ENDED)
+            if log is None or (log.poll() is not None and not ended):  # again where its connection broke
+                log = subprocess.Popen(
+                    tailing(number, log is None), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+            if ended:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    log.wait(timeout=60)
+                return ended_with(job.name, state, str(row.get("failure_reason") or ""))
+            time.sleep(POLL)
+    except KeyboardInterrupt:
+        tell(
+            f"{job.name} goes on without us; `podwright jobs follow {job.run}` follows it, `jobs stop {job.name}` ends it"
+        )
+        return 130
+    finally:
+        if log is not None:
+            log.terminate()
+            log.wait()
+
+
+def ended_with(name: str, state: str, why: str) -> int:
+    """The exit code, which only SkyPilot's sentence about a failure tells."""
+    if state == "SUCCEEDED":
+        return 0
+    if state == "CANCELLED":
+        return 75
+    if state not in ("FAILED", "FAILED_SETUP"):  # it never ran, or SkyPilot's own controller failed
+        raise SchedulerError(f"SkyPilot gave {name} up ({state}): {why or 'without a reason'}")
+    found = re.search(r"exit codes? \[?(\d[\d, ]*)", why)
+    if found is None:
+        tell(f"{name}: {why or 'no reason is known'}")
+        return 1
+    return jobs.outcome(int(code) for code in found[1].split(",")) or 1
+
+
+def queue() -> list[dict[str, Any]]:
+    """Our jobs, the newest first."""
+    command = ["sky", "jobs", "queue", "--all", "--verbose", "--output=json"]  # verbose tells why a job failed
+    exit_code, out, err = answer(command)
+    if exit_code:
+        if NONE in out + err:  # where no job was ever launched, or all ended long ago
+            return []
+        raise complaint(command, err or out)
+    begins = re.search(r"^[\[{]", out, re.MULTILINE)  # the first command of a day says that it starts a server
+    found = jobs.parsed(out[begins.start() :] if begins else out, "sky") or []
+    rows = found if isinstance(found, list) else found.get("jobs", [])
+    ours = [row for row in rows if str(row.get("job_name")).startswith(OURS)]
+    return sorted(ours, key=lambda row: int(row["job_id"]), reverse=True)
+
+
+def state_of(row: Mapping[str, Any]) -> str:
+    return str(row.get("status", "")).rpartition(".")[2]
 
 
 def listed(place: Mapping[str, str]) -> list[Listed]:
-    found = jobs.parsed(ask(["sky", "jobs", "queue", "--output=json"]), "sky") or []
-    rows = found if isinstance(found, list) else found.get("jobs", [])
+    newest = {row["job_name"]: row for row in reversed(queue())}  # a name has one job for each time it was started
     return [
         Listed(
-            row["job_name"].removeprefix(OURS),
+            name.removeprefix(OURS),
             "sky",
-            state,
-            not state.startswith(ENDED),
+            state_of(row),
+            not state_of(row).startswith(ENDED),
             {},
             None,
-            str(row.get("job_id", "")),
+            str(row["job_id"]),
         )
-        for row in rows
-        for state in [str(row.get("status", "")).rpartition(".")[2]]
-        if str(row.get("job_name")).startswith(OURS)
+        for name, row in newest.items()
     ]
 
 
@@ -101,17 +177,29 @@ def doubts(found: Listed) -> str:
     return ""  # SkyPilot deletes the machines of a managed job
 
 
+def tailing(number: str, whole: bool) -> list[str]:
+    """By number: SkyPilot knows only jobs that run by their name."""
+    return ["sky", "jobs", "logs", "--follow", f"--tail={0 if whole else 1}", number]
+
+
 def logged(found: Listed) -> int:
     try:
-        return subprocess.run(["sky", "jobs", "logs", "--follow", f"--name={OURS}{found.name}"]).returncode
+        return subprocess.run(tailing(found.number, True)).returncode
     except FileNotFoundError:
         raise missing(CLIENT) from None
 
 
 def stopped(found: Listed) -> None:
-    if found.alive:
-        ask(removal(found))
+    """SkyPilot deletes the machines without asking hosts to save. Waits for that, or two jobs would write to one run."""
+    if not found.alive:
+        return
+    ask(removal(found))
+    until = time.monotonic() + GONE
+    while any(entry.number == found.number and entry.alive for entry in listed({})):
+        if time.monotonic() > until:
+            raise SchedulerError(f"SkyPilot has not ended {found.name} ({found.number}) within {GONE:.0f} s: try again")
+        time.sleep(min(POLL, 5.0))
 
 
 def removal(found: Listed) -> list[str]:
-    return ["sky", "jobs", "cancel", "--yes", f"--name={OURS}{found.name}"]
+    return ["sky", "jobs", "cancel", "--yes", found.number]
