@@ -8,8 +8,9 @@ UV := $(shell command -v uv 2>/dev/null)
 demo: .venv/core
 	$(BIN)/podwright demo
 
+# Two workers on two cores: more threads of OpenBLAS would only wait for each other.
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not parity and not gpu"
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not parity and not gpu"
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
