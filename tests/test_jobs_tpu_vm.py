@@ -1,5 +1,6 @@
 """A job on TPU VMs, from the first question to gcloud until nothing is left: against a gcloud whose hosts are processes here."""
 
+import io
 import json
 import os
 import pathlib
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import fake_gcloud
 import pytest
-from runs import SMALL
+from runs import ROOT, SMALL
 
 from launch.cli import main
 from launch.jobs import code, planned, queued_resources, tpu_vm
@@ -314,3 +316,14 @@ def test_gcloud_itself_accepts_the_commands(tmp_path):
     for words in kinds.values():
         assert "active account" in ask(words), words
     assert "unrecognized arguments" in ask([*commands[0], "--no-such-flag"])  # so the test can fail
+
+
+@pytest.mark.slow
+def test_a_commit_is_shipped_as_it_was():
+    """Whatever else the checkout holds."""
+    name, content = code.build_wheel("HEAD")
+    assert name == code.wheel_name()
+    then = subprocess.run(
+        ["git", "-C", str(ROOT), "show", "HEAD:launch/cli.py"], capture_output=True, check=True
+    ).stdout
+    assert zipfile.ZipFile(io.BytesIO(content)).read("launch/cli.py") == then
