@@ -1,9 +1,12 @@
 """Where a run's files are, and what is wrong when they cannot be read or written, in words."""
 
+import logging
 import pathlib
 import re
 
 from etils import epath
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback, and then raises what we tell in a sentence
 
 
 class StorageError(RuntimeError):
