@@ -64,7 +64,7 @@ def manifest(job: Job) -> dict[str, Any]:
             {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         )
     # A ConfigMap's files are links into a folder that is not writable; the code is installed in a folder of the pod.
-    script = "cp -L /code/* /work/ && exec bash /work/host.sh run"
+    script = "cp -L /shipped/* /job/ && exec bash /job/host.sh run"
     container = {
         "name": "train",
         "image": job.place["image"],
@@ -73,7 +73,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "ports": [{"containerPort": port} for port in (8471, 8080, 8482)],  # TPU runtime, slices, jax
         "securityContext": {"privileged": True},  # as GKE asks for multislice
         "resources": {kind: {"google.com/tpu": chips} for kind in ("requests", "limits")},
-        "volumeMounts": [{"name": "code", "mountPath": "/code"}, {"name": "work", "mountPath": "/work"}],
+        "volumeMounts": [{"name": "code", "mountPath": "/shipped"}, {"name": "job", "mountPath": "/job"}],
     }
     pod = {
         "restartPolicy": "Never",
@@ -83,7 +83,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "hostNetwork": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
         "containers": [container],
-        "volumes": [{"name": "code", "configMap": {"name": config_map(job)}}, {"name": "work", "emptyDir": {}}],
+        "volumes": [{"name": "code", "configMap": {"name": config_map(job)}}, {"name": "job", "emptyDir": {}}],
     }
     failed = {"containerName": "train", "operator": "In", "values": [*FINAL, 69]}
     one_slice = {
