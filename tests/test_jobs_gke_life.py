@@ -1,7 +1,6 @@
 """A job on GKE from `launch` to its end: against a cluster that does what the manifest's own rules say, with pods that are
 processes here."""
 
-import json
 import os
 import pathlib
 import re
@@ -10,59 +9,27 @@ import sys
 import threading
 import time
 
-import fake_gcloud
 import fake_kubectl
 import pytest
 from runs import ROOT
+from stand_ins import in_background, installed, known, tell, until, without_code_and_plan
 
 from launch.cli import main
-from launch.jobs import code, gke, planned
-
-EMPTY_WHEEL = b"PK\5\6" + 18 * b"\0"  # a zip file without files
+from launch.jobs import gke
 
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """A folder of the fake, which is on PATH."""
-    folder = tmp_path / "cluster"
-    (folder / "bin").mkdir(parents=True)
-    program = folder / "bin" / "kubectl"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_kubectl.__file__} {folder} "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    folder = installed(tmp_path / "cluster", ["kubectl"], fake_kubectl, monkeypatch)
     monkeypatch.setattr(gke, "POLL", 0.1)
-    monkeypatch.setattr(code, "build_wheel", lambda ref: ("podwright-0.1.0-py3-none-any.whl", EMPTY_WHEEL))
-    monkeypatch.setattr(planned, "plan_lines", lambda config, topology, spot: iter(["not here"]))
+    without_code_and_plan(monkeypatch)
     yield folder
     fake_kubectl.clear(folder)
 
 
-def known(cluster: pathlib.Path) -> dict:
-    with fake_gcloud.state(cluster) as state:
-        return json.loads(json.dumps(state))
-
-
-def tell(cluster: pathlib.Path, **facts) -> None:
-    with fake_gcloud.state(cluster) as state:
-        state.update(facts)
-
-
 def words(tmp_path: pathlib.Path, more: str = "") -> list[str]:
     return f"launch griffin-tiny --on gke --topology v5p-16 --run {tmp_path}/runs/first --yes {more}".split()
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.03)
-
-
-def in_background(argv: list[str]) -> tuple[threading.Thread, list[int]]:
-    ended: list[int] = []
-    thread = threading.Thread(target=lambda: ended.append(main(argv)), daemon=True)
-    thread.start()
-    return thread, ended
 
 
 def restarts(said: str) -> int:

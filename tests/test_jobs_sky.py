@@ -1,25 +1,19 @@
 """A job on SkyPilot: what its client gets is what it accepts, and the whole life of a job against a stand-in for it."""
 
-import json
-import os
 import pathlib
 import re
-import sys
-import threading
 import time
 
-import fake_gcloud
 import fake_sky
 import jsonschema
 import pytest
 import yaml
+from stand_ins import in_background, installed, known, tell, until, without_code_and_plan
 
 from launch.cli import main
-from launch.jobs import code, planned, sky
+from launch.jobs import sky
 from launch.jobs.job import Job
 from sharding.topologies import products
-
-EMPTY_WHEEL = b"PK\5\6" + 18 * b"\0"  # a zip file without files
 
 # Of SkyPilot 0.14.1 (sky/utils/schemas.py, get_task_schema and _get_single_resources_schema), what tasks of ours use; fields
 # that are not known are refused.
@@ -61,45 +55,15 @@ def test_the_task_is_valid(chip, place):
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
     """A folder of the fake, which is on PATH."""
-    folder = tmp_path / "sky"
-    (folder / "bin").mkdir(parents=True)
-    program = folder / "bin" / "sky"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_sky.__file__} {folder} "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    folder = installed(tmp_path / "sky", ["sky"], fake_sky, monkeypatch)
     monkeypatch.setattr(sky, "POLL", 0.1)
-    monkeypatch.setattr(code, "build_wheel", lambda ref: ("podwright-0.1.0-py3-none-any.whl", EMPTY_WHEEL))
-    monkeypatch.setattr(planned, "plan_lines", lambda config, topology, spot: iter(["not here"]))
+    without_code_and_plan(monkeypatch)
     yield folder
     fake_sky.clear(folder)
 
 
-def known(cloud: pathlib.Path) -> dict:
-    with fake_gcloud.state(cloud) as state:
-        return json.loads(json.dumps(state))
-
-
-def tell(cloud: pathlib.Path, **facts) -> None:
-    with fake_gcloud.state(cloud) as state:
-        state.update(facts)
-
-
 def words(tmp_path: pathlib.Path) -> list[str]:
     return f"launch griffin-tiny --on sky --topology v5p-16 --run {tmp_path}/runs/first --yes".split()
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.03)
-
-
-def in_background(argv: list[str]) -> tuple[threading.Thread, list[int]]:
-    ended: list[int] = []
-    thread = threading.Thread(target=lambda: ended.append(main(argv)), daemon=True)
-    thread.start()
-    return thread, ended
 
 
 # Of one of the hosts, when it is first started; the others go on until then, and all end well after it.

@@ -1,10 +1,8 @@
 """A job on Slurm: its batch script run by a queue that stands in for Slurm's, with hosts that are processes here."""
 
 import json
-import os
 import pathlib
 import re
-import sys
 import threading
 import time
 
@@ -12,35 +10,23 @@ import fake_gcloud
 import fake_slurm
 import pytest
 from runs import ROOT
+from stand_ins import installed, tell, without_code_and_plan
 
 from configs import EXPERIMENTS
 from launch import sweeps
 from launch.cli import main
-from launch.jobs import code, planned, slurm
+from launch.jobs import slurm
 from launch.sweep import folder_name
 from launch.sweeps.grids import grid
-
-EMPTY_WHEEL = b"PK\5\6" + 18 * b"\0"  # a zip file without files
 
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    folder = tmp_path / "slurm"
-    (folder / "bin").mkdir(parents=True)
-    for command in ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun"):
-        program = folder / "bin" / command
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_slurm.__file__} {folder} {command} "$@"\n')
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    commands = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
+    folder = installed(tmp_path / "slurm", commands, fake_slurm, monkeypatch, named=True)
     monkeypatch.setattr(slurm, "POLL", 0.1)
-    monkeypatch.setattr(code, "build_wheel", lambda ref: ("podwright-0.1.0-py3-none-any.whl", EMPTY_WHEEL))
-    monkeypatch.setattr(planned, "plan_lines", lambda config, topology, spot: iter(["not here"]))
+    without_code_and_plan(monkeypatch)
     return folder
-
-
-def tell(queue: pathlib.Path, **facts) -> None:
-    with fake_gcloud.state(queue) as state:
-        state.update(facts)
 
 
 def job(queue: pathlib.Path) -> dict:

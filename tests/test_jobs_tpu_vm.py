@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -16,25 +15,20 @@ import zipfile
 import fake_gcloud
 import pytest
 from runs import ROOT, SMALL
+from stand_ins import installed, known, tell, without_code_and_plan
 
 from launch.cli import main
-from launch.jobs import code, planned, queued_resources, tpu_vm
+from launch.jobs import code, queued_resources, tpu_vm
 from launch.jobs.job import Job
 from trainer.run_folder import read_metrics
 
 PLACE = "--zone us-east5-a --project my-project-1"
-EMPTY_WHEEL = b"PK\5\6" + 18 * b"\0"  # a zip file without files
 
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
     """A folder of the fake, which is on PATH."""
-    folder = tmp_path / "cloud"
-    (folder / "bin").mkdir(parents=True)
-    program = folder / "bin" / "gcloud"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {fake_gcloud.__file__} {folder} "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    folder = installed(tmp_path / "cloud", ["gcloud"], fake_gcloud, monkeypatch)
     monkeypatch.setattr(tpu_vm, "POLL", 0.1)
     monkeypatch.setattr(tpu_vm, "LAST", 1.0)
     yield folder
@@ -46,16 +40,6 @@ def cloud(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def wheel():
     return code.build_wheel(None)
-
-
-def known(cloud: pathlib.Path) -> dict:
-    with fake_gcloud.state(cloud) as state:
-        return json.loads(json.dumps(state))
-
-
-def tell(cloud: pathlib.Path, **facts) -> None:
-    with fake_gcloud.state(cloud) as state:
-        state.update(facts)
 
 
 def verbs(cloud: pathlib.Path) -> list[str]:
@@ -116,8 +100,7 @@ def test_a_preempted_job_is_replaced_resumes_and_leaves_nothing(cloud, tmp_path,
 @pytest.fixture
 def quick(cloud, monkeypatch):
     """A cloud for tests without training: neither a wheel is built nor a step planned."""
-    monkeypatch.setattr(code, "build_wheel", lambda ref: ("podwright-0.1.0-py3-none-any.whl", EMPTY_WHEEL))
-    monkeypatch.setattr(planned, "plan_lines", lambda config, topology, spot: iter(["not here"]))
+    without_code_and_plan(monkeypatch)
     tell(cloud, waits=1)
     return cloud
 

@@ -196,14 +196,9 @@ def followed(job: Job) -> int:
                 log = subprocess.Popen(tailing(job.name), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             time.sleep(POLL)
     except KeyboardInterrupt:
-        tell(
-            f"{job.name} goes on without us; `podwright jobs follow {job.name}` follows it, `jobs stop {job.name}` ends it"
-        )
-        return 130
+        return jobs.left(job.name, job.name)
     finally:
-        if log is not None:
-            log.terminate()
-            log.wait()
+        jobs.hang_up(log)
 
 
 def state_of(found: dict[str, Any], pod: dict[str, Any]) -> str:

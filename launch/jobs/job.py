@@ -7,6 +7,7 @@ RUN-job/code/      what its hosts get: wheel, constraints, config       RUN-job/
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,19 @@ def outcome(codes: Iterable[int]) -> int:
 
 def tell(sentence: str) -> None:
     print(f"podwright: {sentence}", file=sys.stderr, flush=True)
+
+
+def left(name: str, called: str) -> int:
+    """The exit code of a launcher that stops following a job, which goes on; `called` is what `jobs follow` takes."""
+    tell(f"{name} goes on without us; `podwright jobs follow {called}` follows it, `jobs stop {name}` ends it")
+    return 130
+
+
+def hang_up(log: subprocess.Popen | None) -> None:
+    """No more of what a client prints of a job."""
+    if log is not None:
+        log.terminate()
+        log.wait()
 
 
 # --- beside the run -----------------------------------------------------------------------------------------------------

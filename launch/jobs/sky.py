@@ -113,14 +113,9 @@ def followed(job: Job) -> int:
                 return ended_with(job.name, state, str(row.get("failure_reason") or ""))
             time.sleep(POLL)
     except KeyboardInterrupt:
-        tell(
-            f"{job.name} goes on without us; `podwright jobs follow {job.run}` follows it, `jobs stop {job.name}` ends it"
-        )
-        return 130
+        return jobs.left(job.name, job.run)
     finally:
-        if log is not None:
-            log.terminate()
-            log.wait()
+        jobs.hang_up(log)
 
 
 def ended_with(name: str, state: str, why: str) -> int:

@@ -112,10 +112,7 @@ def followed(job: Job) -> int:
             time.sleep(POLL)
         return ended
     except KeyboardInterrupt:
-        tell(
-            f"{job.name} goes on without us; `podwright jobs follow {job.name}` follows it, `jobs stop {job.name}` ends it"
-        )
-        return 130
+        return jobs.left(job.name, job.name)
     finally:
         follower.close()
 
