@@ -1,10 +1,9 @@
 """`podwright checkpoint list | verify | doctor | diff | adopt`: what is saved, whether it is whole, and what can be used."""
 
-import difflib
 from collections.abc import Callable, Iterable
 
-from configs.schema import MESH_FIELDS, ConfigError
-from launch.cli import Parser
+from configs.schema import MESH_FIELDS
+from launch.cli import Parser, subcommand
 
 
 def list_steps(argv: list[str]) -> int:
@@ -148,12 +147,4 @@ COMMANDS = {"list": list_steps, "verify": verify, "doctor": doctor, "diff": diff
 
 def main(argv: list[str]) -> int:
     """Raises ConfigError, StorageError."""
-    if not argv or argv[0] in ("-h", "--help"):
-        say(f"podwright checkpoint {' | '.join(COMMANDS)}: each tells more with --help")
-        return 0
-    if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0)
-        raise ConfigError(
-            f"there is no command checkpoint {argv[0]!r}, perhaps {near[0]}; there are {', '.join(COMMANDS)}"
-        )
-    return COMMANDS[argv[0]](argv[1:])
+    return subcommand("checkpoint", COMMANDS, argv)

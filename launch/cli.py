@@ -11,7 +11,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from configs.schema import ConfigError
 
@@ -265,6 +265,17 @@ def ignored(raised: "sys.UnraisableHookArgs") -> None:
     still want to report. The failure itself is raised where it can be told."""
     if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(raised)
+
+
+def subcommand(name: str, commands: Mapping[str, Callable[[list[str]], int]], argv: list[str]) -> int:
+    """`podwright NAME COMMAND ...`, of commands that have parsers of their own. Raises ConfigError for one there isn't."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"podwright {name} {' | '.join(commands)}: each tells more with --help")
+        return 0
+    if argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1, cutoff=0)
+        raise ConfigError(f"there is no command {name} {argv[0]!r}, perhaps {near[0]}; there are {', '.join(commands)}")
+    return commands[argv[0]](argv[1:])
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from configs.schema import ConfigError
-from launch.cli import Parser
+from launch.cli import Parser, subcommand
 
 PREPARE = """\
 podwright data prepare SOURCE --to DIR
@@ -136,12 +136,4 @@ COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify, "bench": b
 
 def main(argv: list[str]) -> int:
     """Raises ConfigError, DataError."""
-    import difflib
-
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"podwright data {' | '.join(COMMANDS)}: each tells more with --help")
-        return 0
-    if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0)
-        raise ConfigError(f"there is no command data {argv[0]!r}, perhaps {near[0]}; there are {', '.join(COMMANDS)}")
-    return COMMANDS[argv[0]](argv[1:])
+    return subcommand("data", COMMANDS, argv)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
 from launch.checkpoint_commands import progress, say, size, table
-from launch.cli import Parser
+from launch.cli import Parser, subcommand
 
 if TYPE_CHECKING:
     from etils import epath
@@ -254,10 +254,4 @@ COMMANDS = {"list": list_runs, "compare": compare, "tail": tail, "archive": arch
 
 def main(argv: list[str]) -> int:
     """Raises ConfigError, StorageError."""
-    if not argv or argv[0] in ("-h", "--help"):
-        say(f"podwright runs {' | '.join(COMMANDS)}: each tells more with --help")
-        return 0
-    if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0)
-        raise ConfigError(f"there is no command runs {argv[0]!r}, perhaps {close[0]}; there are {', '.join(COMMANDS)}")
-    return COMMANDS[argv[0]](argv[1:])
+    return subcommand("runs", COMMANDS, argv)
