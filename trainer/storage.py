@@ -6,9 +6,8 @@ import re
 
 from etils import epath
 
-logging.getLogger("gcsfs").setLevel(
-    logging.CRITICAL
-)  # it prints a traceback, and then raises what we tell in a sentence
+# It prints a traceback, and then raises what we tell in a sentence.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 class StorageError(RuntimeError):
