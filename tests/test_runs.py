@@ -285,6 +285,25 @@ def test_nothing_is_removed_unless_the_copy_is_the_same(folder, tmp_path, capsys
     assert said == f"{run / 'more'} is a link or no file: put a file in its place first"
 
 
+@pytest.mark.parametrize("lost", ["log.txt", "checkpoints"])
+def test_a_copy_that_lost_something_after_it_was_read_back_removes_nothing(folder, tmp_path, capsys, monkeypatch, lost):
+    run, copy = tmp_path / "run", archive.copied
+    shutil.copytree(folder / "a", run)
+    before = contents(run)
+
+    def loses(source, target):
+        found = copy(source, target)
+        if source.name == "config.json":  # the last one
+            whole = target.parent / lost
+            whole.unlink() if whole.is_file() else shutil.rmtree(whole)
+        return found
+
+    monkeypatch.setattr(archive, "copied", loses)
+    said = refused(capsys, ["runs", "archive", str(run), "--to", str(tmp_path / "x"), "--remove"], code=4)
+    assert "nothing was removed" in said
+    assert contents(run) == before
+
+
 def test_mistakes_are_one_sentence(folder, tmp_path, capsys):
     a, b = str(folder / "a"), str(folder / "b")
     for command in (["tail"], ["archive", "--to", str(tmp_path / "x")], ["compare", a]):
