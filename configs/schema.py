@@ -172,8 +172,8 @@ class NFNetConfig(Section):
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """What of a block `trainer.save` and `trainer.offload` can name: its input and what its convolutions give."""
-        return ("input", "reduce", "spatial", "expand")
+        """What `trainer.save` and `trainer.offload` can name: a block's input and what its convolutions give, or all of a stage's."""
+        return ("input", "reduce", "spatial", "expand", *(f"stage_{s}" for s in range(len(self.depths))))
 
     def check(self) -> None:
         if len(self.widths) != len(self.depths):

@@ -180,7 +180,11 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 def remats(config: Config) -> list[dict[str, Any]]:
     if isinstance(config.model, NFNetConfig):
-        kinds: list[tuple[str, tuple[str, ...]]] = [("none", ()), ("layer", ())]
+        later = [name for name in config.model.tensors if name.startswith("stage_")][
+            1:
+        ]  # the first keep most, for least
+        kinds: list[tuple[str, tuple[str, ...]]] = [("none", ())]
+        kinds += [("layer", tuple(later[first:])) for first in range(len(later) + 1)]
     else:
         named = tuple(name for name in ("rnn", "context") if name in config.model.tensors)
         products = tuple(n for n in config.model.tensors if n not in ("input", "mlp_up"))

@@ -240,7 +240,7 @@ class Block(nnx.Module):
     """Pre-activation bottleneck block (sec. 3, appendix C): h + alpha * skip_gain * branch(h), skip_gain 0 at first."""
 
     def __init__(self, config: NFNetConfig, plan: BlockPlan, init: Init):
-        self.config, self.stride = config, plan.stride
+        self.config, self.stride, self.stage = config, plan.stride, plan.name[0]
         out, mid, groups, eps_mode = plan.channels_out, plan.mid, plan.groups, config.ws_eps_mode
         hidden, dense_axes = se_width(config, out), ("channels_in", "channels_out")
         self.reduce = Conv(init.scope("reduce"), 1, plan.channels_in, mid, eps_mode)
@@ -256,21 +256,25 @@ class Block(nnx.Module):
         self, x: jax.Array, key: jax.Array | None, expected_variance: jax.Array, drop_rate: jax.Array
     ) -> jax.Array:
         """BHWI -> BHWO. `key` of None: nothing is dropped. The variance is the input's at initialisation."""
-        x, activate = named(x, "input"), partial(scaled_gelu, approximate=self.config.gelu_approximate)
+        x, activate = self.named(x, "input"), partial(scaled_gelu, approximate=self.config.gelu_approximate)
         x = for_stride(x, self.stride)
         h = activate(x) * lax.rsqrt(expected_variance).astype(x.dtype)
         if self.shortcut is None:
             shortcut = x
         else:  # a projected shortcut starts from the activated, rescaled input, an identity one from the raw input
             shortcut = self.shortcut(halve(h) if self.stride == 2 else h)
-        h = named(self.reduce(h), "reduce")
-        h = named(self.spatial_0(activate(h)), "spatial")
-        h = named(self.spatial_1(activate(h)), "spatial")
-        h = named(self.expand(activate(h)), "expand")
+        h = self.named(self.reduce(h), "reduce")
+        h = self.named(self.spatial_0(activate(h)), "spatial")
+        h = self.named(self.spatial_1(activate(h)), "spatial")
+        h = self.named(self.expand(activate(h)), "expand")
         h = squeeze_excite(h, self.squeeze, self.excite)
         if key is not None and self.config.stochastic_depth:
             h = drop_branches(h, key, drop_rate)
         return shortcut + self.config.alpha * self.skip_gain[...].astype(h.dtype) * h
+
+    def named(self, x: jax.Array, name: str) -> jax.Array:
+        """By what it is and by its stage: early stages keep most and cost least to compute again."""
+        return named(named(x, name), self.stage)
 
 
 class NFNet(nnx.Module):

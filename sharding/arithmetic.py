@@ -35,8 +35,8 @@ def predict(config: Config, topology: Topology, mesh: dict[str, int], parameters
     rows = config.data.batch_size / (micro * row_parts(mesh) * mesh["sequence"])
     size, sent = 2 if trainer.compute_dtype == "bfloat16" else 4, 0.0
     layers = layers_of(config, mesh["tensor"])
-    activations = sum(rows * size * kept(layer, trainer) for layer in layers)
-    activations += 3 * rows * size * max(sum(layer.values()) for layer in layers)  # one layer and its gradients
+    activations = sum(rows * size * kept(stage, layer, trainer) for stage, layer in layers)
+    activations += 3 * rows * size * max(sum(layer.values()) for _, layer in layers)  # one layer and its gradients
     activations += 2 * 4 * parameters / mesh["tensor"] / len(layers)  # a layer's parameters, gathered twice
     if not isinstance(config.data, ImageData):
         activations += 3 * trainer.logits_mib * 2**20
@@ -88,22 +88,26 @@ def row_parts(mesh: dict[str, int]) -> int:
     return mesh["replica"] * mesh["data"] * mesh["fsdp"]
 
 
-def layers_of(config: Config, tensor: int) -> list[dict[str, float]]:
-    """Of each layer, elements of a whole row or image that it makes, by the names of docs/memory.md."""
+def layers_of(config: Config, tensor: int) -> list[tuple[str, dict[str, float]]]:
+    """Of each layer its stage, if it has one, and the elements of a whole row or image that it makes, by the names of
+    docs/memory.md."""
     model: Any = config.model
     if isinstance(config.data, ImageData):
         return [
-            {
-                "input": before**2 * block.channels_in,
-                "reduce": before**2 * block.mid,
-                "spatial": 2 * after**2 * block.mid,
-                "expand": after**2 * block.channels_out,
-            }
+            (
+                block.name[0],
+                {
+                    "input": before**2 * block.channels_in,
+                    "reduce": before**2 * block.mid,
+                    "spatial": 2 * after**2 * block.mid,
+                    "expand": after**2 * block.channels_out,
+                },
+            )
             for block, before, after in sides(model, config.data.image_size)
         ]
     kinds = [model.pattern[i % len(model.pattern)] for i in range(model.depth)]
     length = config.data.sequence_length
-    return [{name: length * width for name, width in widths(model, kind, tensor).items()} for kind in kinds]
+    return [("", {name: length * width for name, width in widths(model, kind, tensor).items()}) for kind in kinds]
 
 
 def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
@@ -117,10 +121,10 @@ def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
     return {"input": model.width, **mixer, "mlp_up": 2 * model.mlp_width / tensor, "mlp_out": model.width}
 
 
-def kept(layer: dict[str, float], trainer: Any) -> float:
+def kept(stage: str, layer: dict[str, float], trainer: Any) -> float:
     """Elements that wait for the backward pass."""
     if trainer.remat == "none":
         return 2.5 * sum(layer.values())  # with all that lies between the products
-    if trainer.remat == "dots":
+    if trainer.remat == "dots" or stage in trainer.save:
         return sum(layer.values())
     return layer["input"] + math.fsum(layer.get(name, 0.0) for name in trainer.save)

@@ -75,6 +75,10 @@ def test_arithmetic_counts_what_blocks_of_images_keep():
     saved = predicted(config, {"fsdp": 16}, "trainer.remat=layer", "trainer.save=expand")
     pixels = 48**2 * 256 + 2 * 24**2 * 512 + 6 * 12**2 * 1536 + 3 * 6**2 * 1536
     assert saved.bytes - layer.bytes == pytest.approx(4096 / 16 * 2 * pixels)
+    stage = predicted(config, {"fsdp": 16}, "trainer.remat=layer", "trainer.save=stage_3")
+    halved = 12**2 * 768 + 2 * 6**2 * 768 + 6**2 * 1536  # a first block halves behind its first convolution
+    pixels = halved + 2 * (3 * 6**2 * 768 + 6**2 * 1536)
+    assert stage.bytes - layer.bytes == pytest.approx(4096 / 16 * 2 * pixels)
 
 
 def test_widths_are_those_of_the_projections(gemma):

@@ -161,6 +161,34 @@ def test_an_offloaded_input_leaves_the_device(one_device):
     assert kept("attn", Named(offload=("input",)))[(B, T, 32), "host"] == 1
 
 
+@pytest.mark.parametrize(("how", "memory"), [("save", "device"), ("offload", "host")])
+@pytest.mark.parametrize(("stage", "side", "blocks"), [("stage_0", 7, 1), ("stage_1", 4, 2)])
+def test_a_stage_keeps_what_its_convolutions_give_and_nothing_of_another(one_device, how, memory, stage, side, blocks):
+    """Pictures of 28 pixels are 7 a side behind the stem, and halved, rounded up, in the second stage's first block."""
+    config = CONFIGS["nfnet-tiny"].model
+    model = jax.eval_shape(lambda: FAMILIES["nfnet"].model(config, Init(jax.random.key(0), Rules().spec)))
+    images = array(B, 28, 28, 1, axes=("batch", "seq"))
+
+    def kept_of(remat) -> Counter:
+        found: Counter = Counter()
+
+        def trace(model, images):
+            _, pull = jax.vjp(lambda model: model.logits(images, remat=remat), model)
+            for leaf in map(jax.typeof, jax.tree.leaves(pull)):
+                found[leaf.shape, "host" if leaf.memory_space == jax.memory.Space.Host else "device"] += 1
+
+        jax.eval_shape(trace, model, images)
+        return found
+
+    expected = Counter({((B, side, side, 16), memory): 3 * blocks, ((B, side, side, 32), memory): blocks})
+    if stage == "stage_1":  # its first block narrows before it halves
+        expected += Counter({((B, 7, 7, 16), memory): 1})
+        expected -= Counter({((B, 4, 4, 16), memory): 1})
+    if how == "offload":  # inputs, which are always kept, move, too
+        expected += Counter({((B, 7, 7, 32), memory): 1, ((B, 4, 4, 32), memory): blocks - 1})
+    assert kept_of(Named(**{how: (stage,)})) - kept_of("layer") == expected
+
+
 def product_flops(jaxpr) -> int:
     """Of all dot_generals, those inside calls, branches and loops included; of platforms' branches, the default's."""
     total = 0
