@@ -105,6 +105,18 @@ def test_members_of_a_sweep_differ_and_have_labels_and_folders_of_their_own(name
         assert len(set(names)) == len(configs)
 
 
+def test_the_grid_of_convnets_is_the_papers():
+    """arXiv 2310.16764: six sizes, budgets of 0.25 to 8 epochs of 976 thousand steps, learning rates in factors of two."""
+    configs = list(sweeps.SWEEPS["convnets-scale-full"]())
+    rates = [0.4, 0.8, 1.6]
+    assert [config.optimizer.learning_rate for config in configs] == rates * 36
+    assert len({config.name for config in configs}) == 6
+    assert sorted({config.trainer.steps for config in configs}) == [244141, 488281, 976562, 1953125, 3906250, 7812500]
+    small = list(sweeps.SWEEPS["convnets-scale"]())
+    assert {config.optimizer.learning_rate for config in small} == {0.05, 0.1, 0.2}
+    assert sorted({config.trainer.steps for config in small}) == [round(n * 1423 / 64) for n in (4, 8, 16, 32)]
+
+
 def test_a_folder_is_named_after_what_the_config_says_wherever_that_was_said():
     words = ["--optimizer.learning_rate", "0.5"]
     one, other = resolve("griffin-tiny", words).config, changed(TINY, {"optimizer.learning_rate": 0.5})

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 
 from configs.schema import Config
-from launch.sweeps import griffins
+from launch.sweeps import convnets, griffins
 
 SWEEPS: dict[str, Callable[[], Iterator[Config]]] = {
     "griffin-law": griffins.law,
     "griffin-rates": griffins.rates,
+    "convnets-scale": convnets.small,
+    "convnets-scale-full": convnets.published,
 }
 
 
