@@ -57,16 +57,16 @@ def draw_loss(families: list[Family], figure: Any) -> None:
                 span, best, "-", color=colour, linewidth=1, label=f"{family.name}, parametric at its best N and D"
             )
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="held-out loss, nats")
-    plain_ticks(axes.yaxis)
+    ticks(axes.yaxis, (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0), "%.3g")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def plain_ticks(axis: Any) -> None:
-    """2.5 and not 2.5 x 10^0: losses span less than a decade."""
+def ticks(axis: Any, subs: tuple[float, ...], form: str) -> None:
+    """Of a logarithmic axis: at these multiples of powers of ten alone, 2.5 and not 2.5 x 10^0."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)))
-    axis.set_major_formatter(FormatStrFormatter("%.3g"))
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FormatStrFormatter(form))
     axis.set_minor_formatter("")
 
 
@@ -95,6 +95,11 @@ def draw_parabolas(family: Family, figure: Any) -> None:
         right.legend(frameon=False)
     left.set(xscale="log", xlabel="parameters N", ylabel="held-out loss, nats")
     right.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="N*")
+    ticks(left.xaxis, (1.0, 3.0), "%.0e")
+    minima = [(p.flops, np.exp(p.log_size)) for p in family.parabolas if p.inside]
+    for axis, values in zip((right.xaxis, right.yaxis), zip(*minima, strict=True), strict=False):
+        axis.set_ticks(values, [f"{value:.2g}" for value in values])
+        axis.set_minor_formatter("")
     left.legend(frameon=False, title="FLOPs", fontsize=7)
 
 
