@@ -41,9 +41,9 @@ def capacity(units: int, rate: float, multiple: int) -> int:
     """Rows to have ready: the least multiple that a batch exceeds with a probability of at most NEGLIGIBLE."""
     most = -(-units // multiple)
     fits = range(1, most + 1)
-    return multiple * fits[
-        bisect.bisect_left(fits, True, key=lambda n: overflow(units, rate, n * multiple) <= NEGLIGIBLE)
-    ]
+    return (
+        multiple * fits[bisect.bisect_left(fits, True, key=lambda n: overflow(units, rate, n * multiple) <= NEGLIGIBLE)]
+    )
 
 
 def overflow(units: int, rate: float, capacity: int) -> float:
