@@ -124,7 +124,7 @@ def test_published_noise_is_what_calibration_finds():
 
 def test_noise_that_cannot_be_is_refused():
     with pytest.raises(
-        ValueError, match="noise needs an epsilon above 0, .* not epsilon 0, delta 1e-05, rate 0.1 and 10"
+        ValueError, match=r"noise needs an epsilon above 0, .* not epsilon 0, delta 1e-05, rate 0\.1 and 10"
     ):
         calibrated_noise(0.0, 1e-5, 0.1, 10)
     with pytest.raises(ValueError, match="noise needs"):
@@ -135,9 +135,9 @@ def test_noise_that_cannot_be_is_refused():
         calibrated_noise(1e-9, 1e-12, 1.0, 10)
 
 
-@pytest.mark.parametrize("before", [[], [Stretch(400, 0.03, 1.5)]])
+@pytest.mark.parametrize("before", [[], [Stretch(400, 0.03, 3.0)]])
 def test_steps_within_are_as_many_as_fit(before):
-    rate, noise, delta, target = 0.02, 1.5, 1e-5, 2.0
+    rate, noise, delta, target = 0.02, 3.0, 1e-5, 1.8
     found = steps_within(target, delta, before, rate, noise, 10_000)
     assert 0 < found < 10_000
     assert epsilon([*before, Stretch(found, rate, noise)], delta) <= target
@@ -148,13 +148,13 @@ def test_steps_within_are_as_many_as_fit(before):
     assert steps_within(target, delta, before, rate, noise, 0) == 0
 
 
-@pytest.mark.parametrize("before", [[], [Stretch(400, 0.03, 1.5)]])
+@pytest.mark.parametrize("before", [[], [Stretch(400, 0.03, 3.0)]])
 def test_the_bound_is_above_what_was_spent_and_exact_at_the_end(before):
     delta, steps = 1e-5, 3001
-    bound = spent_bound(before, 0.02, 1.5, steps, delta)
+    bound = spent_bound(before, 0.02, 3.0, steps, delta)
 
     def spent(step: int) -> float:
-        return epsilon([*before, Stretch(step, 0.02, 1.5)], delta)
+        return epsilon([*before, Stretch(step, 0.02, 3.0)], delta)
 
     whole = spent(steps)
     assert bound(steps) == whole

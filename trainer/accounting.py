@@ -1,8 +1,9 @@
-"""What a private training spent: (epsilon, delta) of stretches of DP-SGD, of datasets that differ in one unit more or less.
+"""What a private training spent: (epsilon, delta) of DP-SGD, for datasets that differ in one unit more or less.
 
-The only place that knows dp-accounting. Every step draws its batch by Poisson sampling and adds Gaussian noise to a sum of
-sensitivity 1 (Abadi et al. 2016, arXiv 1607.00133). Epsilon is by privacy loss distributions (Koskela et al. 2020, arXiv
-1906.03049; Doroshenko et al. 2022, arXiv 2207.04380), rounded up wherever their grid rounds: a bound, never an estimate.
+The only place that knows dp-accounting. Every step draws its batch by Poisson sampling and adds Gaussian noise to a sum
+of sensitivity 1 (Abadi et al. 2016, arXiv 1607.00133). Epsilon is by privacy loss distributions (Koskela et al. 2020,
+arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380), rounded up wherever their grid rounds: a bound, never an
+estimate.
 """
 
 import bisect
@@ -17,9 +18,9 @@ from typing import Any
 
 from configs.schema import ConfigError
 
-# Of the grid of privacy losses. A step's error goes with its square: at 71,589 steps to epsilon 7.5 it adds 0.0003, and
-# 1e-3 would add 0.025. From an epsilon of LARGE on it doubles with epsilon, or losses of thousands would fill the memory;
-# grids within grids, for epsilon to grow with steps whatever the grid.
+# Of the grid of privacy losses. A step's error goes with its square: 71,589 steps to epsilon 7.5 seem to spend 0.0003
+# more than they do, with 1e-3 it would be 0.025. From an epsilon of LARGE on it doubles with epsilon, or losses of
+# thousands would fill the memory; every grid holds the next one, so that epsilon grows with steps whatever the grid.
 INTERVAL = 1e-4
 LARGE = 5.0
 HUGE = 1e5  # an epsilon that is given roughly: it protects nobody, but a run with next to no noise may want to show it
@@ -160,8 +161,8 @@ def spent_bound(
 ) -> Callable[[int], float]:
     """What was spent after so many of the steps that follow those before: a bound, exact after the last.
 
-    It is that of the next of POINTS numbers of steps, computed when first asked for. Epsilon grows about as the square root
-    of the steps: at squares the points are about as far from one another in epsilon.
+    It is that of the next of POINTS numbers of steps, computed when first asked for. Epsilon grows about as the square
+    root of the steps: at squares the points are about as far from one another in epsilon.
     """
     points = sorted({math.ceil(steps * (i / POINTS) ** 2) for i in range(POINTS + 1)})
 
