@@ -1,7 +1,7 @@
 """Poisson sampling: every unit enters a step's batch by its own coin, as the accounting of DP-SGD assumes.
 
-A pure function of (secret, step): every host, restart and version of numpy draws the same. Who knows the secret knows who
-took part in which step, and then the sampling protects nobody: keep it from whatever is released.
+A pure function of (secret, step): every host, restart and version of numpy draws the same. Who knows the secret knows
+who took part in which step, and then the sampling protects nobody: keep it from whatever is released.
 """
 
 import bisect
@@ -41,13 +41,13 @@ def capacity(units: int, rate: float, multiple: int) -> int:
     """Rows to have ready: the least multiple that a batch exceeds with a probability of at most NEGLIGIBLE."""
     most = -(-units // multiple)
     fits = range(1, most + 1)
-    return multiple * fits[
-        bisect.bisect_left(fits, True, key=lambda n: overflow(units, rate, n * multiple) <= NEGLIGIBLE)
-    ]
+    return (
+        multiple * fits[bisect.bisect_left(fits, True, key=lambda n: overflow(units, rate, n * multiple) <= NEGLIGIBLE)]
+    )
 
 
 def overflow(units: int, rate: float, capacity: int) -> float:
-    """At least P(Binomial(units, rate) > capacity), for 0 < rate <= 1; above it by a few percent at most where it is small.
+    """At least P(Binomial(units, rate) > capacity), for 0 < rate <= 1, and not 2 % more where that is NEGLIGIBLE.
 
     Terms of the tail fall ever faster, so a geometric series from the first two bounds their sum.
     """

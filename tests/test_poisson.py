@@ -87,7 +87,9 @@ def test_ends_of_the_rate():
     assert poisson.capacity(3, 0.1, 8) == 8
 
 
-@pytest.mark.parametrize(("units", "batch"), [(50_000, 4096), (1_271_167, 16_384), (178_677, 1), (10**9, 4096), (60, 3)])
+@pytest.mark.parametrize(
+    ("units", "batch"), [(50_000, 4096), (1_271_167, 16_384), (178_677, 1), (10**9, 4096), (60, 3)]
+)
 @pytest.mark.parametrize("multiple", [1, 8, 96])
 def test_capacity_is_scipys(units, batch, multiple):
     rate = batch / units

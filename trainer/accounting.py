@@ -1,8 +1,9 @@
-"""What a private training spent: (epsilon, delta) of stretches of DP-SGD, of datasets that differ in one unit more or less.
+"""What a private training spent: (epsilon, delta) of DP-SGD, for datasets that differ in one unit more or less.
 
-The only place that knows dp-accounting. Every step draws its batch by Poisson sampling and adds Gaussian noise to a sum of
-sensitivity 1 (Abadi et al. 2016, arXiv 1607.00133). Epsilon is by privacy loss distributions (Koskela et al. 2020, arXiv
-1906.03049; Doroshenko et al. 2022, arXiv 2207.04380), rounded up wherever their grid rounds: a bound, never an estimate.
+The only place that knows dp-accounting. Every step draws its batch by Poisson sampling and adds Gaussian noise to a sum
+of sensitivity 1 (Abadi et al. 2016, arXiv 1607.00133). Epsilon is by privacy loss distributions (Koskela et al. 2020,
+arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380), rounded up wherever their grid rounds: a bound, never an
+estimate.
 """
 
 import bisect
@@ -17,10 +18,13 @@ from typing import Any
 
 from configs.schema import ConfigError
 
-# Of privacy losses. A step's error goes with its square: at 71,589 steps to epsilon 7.5 it adds 0.0003, 1e-3 adds 0.025.
+# Of the grid of privacy losses. A step's error goes with its square: 71,589 steps to epsilon 7.5 seem to spend 0.0003
+# more than they do, with 1e-3 it would be 0.025. From an epsilon of LARGE on it doubles with epsilon, or losses of
+# thousands would fill the memory; every grid holds the next one, so that epsilon grows with steps whatever the grid.
 INTERVAL = 1e-4
-LARGE = 50.0  # an epsilon from which on the interval grows along, or losses of thousands would fill the memory
-ROUGH_ORDERS = (1.5, 2, 4, 8, 16, 32, 64, 128, 256)
+LARGE = 5.0
+HUGE = 1e5  # an epsilon that is given roughly: it protects nobody, but a run with next to no noise may want to show it
+ROUGH_ORDERS = (2, 4, 8, 16, 32, 64, 128, 256)
 MOST_NOISE = 1e5
 LEAST_NOISE = 1e-2
 POINTS = 32  # at which a curve of what was spent is computed
@@ -47,34 +51,63 @@ def dp_accounting() -> Any:
     return dp_accounting
 
 
-def composed(accountant: Any, stretches: Sequence[Stretch]) -> Any:
-    """The accountant, a dp-accounting one, with the stretches added to what it has."""
-    events = dp_accounting()
-    alike: Counter[tuple[float, float]] = Counter()
+def alike(stretches: Sequence[Stretch]) -> dict[tuple[float, float], int]:
+    """(rate, noise) -> steps."""
+    steps: Counter[tuple[float, float]] = Counter()
     for stretch in stretches:
-        alike[stretch.rate, stretch.noise] += stretch.steps
-    for (rate, noise), steps in alike.items():
-        step = events.GaussianDpEvent(noise)
-        accountant.compose(step if rate == 1 else events.PoissonSampledDpEvent(rate, step), steps)
-    return accountant
+        steps[stretch.rate, stretch.noise] += stretch.steps
+    return +steps
 
 
 def epsilon(stretches: Sequence[Stretch], delta: float) -> float:
     """What all of them spent together, infinite without noise."""
-    stretches = [stretch for stretch in stretches if stretch.steps]
-    if not stretches:
+    steps = alike(stretches)
+    if not steps:
         return 0.0
-    if any(stretch.noise == 0 for stretch in stretches):
+    if any(noise == 0 for _, noise in steps):
         return math.inf
-    rough = composed(dp_accounting().rdp.RdpAccountant(ROUGH_ORDERS), stretches).get_epsilon(delta)
-    accountant = dp_accounting().pld.PLDAccountant(value_discretization_interval=INTERVAL * max(1.0, rough / LARGE))
-    return float(composed(accountant, stretches).get_epsilon(delta))
+    rough = by_orders(stretches, delta, ROUGH_ORDERS)
+    if rough > HUGE:
+        return rough
+    interval = INTERVAL * 2 ** math.ceil(math.log2(max(1.0, rough / LARGE)))
+    return min(rough, float(losses(stretches, interval).get_epsilon_for_delta(delta)))
+
+
+def losses(stretches: Sequence[Stretch], interval: float) -> Any:
+    """The distribution of their privacy loss together, a dp-accounting one."""
+    one, *others = [
+        # A full batch again and again is one with less noise.
+        step_losses(1.0, noise / math.sqrt(steps), interval)
+        if rate == 1
+        else step_losses(rate, noise, interval).self_compose(steps)
+        for (rate, noise), steps in alike(stretches).items()
+    ]
+    return functools.reduce(lambda total, other: total.compose(other), others, one)
+
+
+@functools.lru_cache(maxsize=16)  # most of the time goes here, and the next question is mostly of other steps
+def step_losses(rate: float, noise: float, interval: float) -> Any:
+    return dp_accounting().pld.privacy_loss_distribution.from_gaussian_mechanism(
+        noise,
+        sampling_prob=rate,
+        value_discretization_interval=interval,
+        neighboring_relation=dp_accounting().NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
 
 
 def rdp_epsilon(stretches: Sequence[Stretch], delta: float) -> float:
     """A looser bound on the same, by Renyi DP (Mironov et al. 2019, arXiv 1908.10530), which most papers give."""
+    return by_orders(stretches, delta, dp_accounting().rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS)
+
+
+def by_orders(stretches: Sequence[Stretch], delta: float, orders: Sequence[float]) -> float:
+    events = dp_accounting()
+    accountant = events.rdp.RdpAccountant(orders, events.NeighboringRelation.ADD_OR_REMOVE_ONE)
     with quiet():
-        return float(composed(dp_accounting().rdp.RdpAccountant(), stretches).get_epsilon(delta))
+        for (rate, noise), steps in alike(stretches).items():
+            step = events.GaussianDpEvent(noise)
+            accountant.compose(step if rate == 1 else events.PoissonSampledDpEvent(rate, step), steps)
+        return float(accountant.get_epsilon(delta))
 
 
 @contextlib.contextmanager
@@ -94,6 +127,7 @@ def four_digits(index: int) -> float:
     return float(f"{1000 + place}e{decade - 3 + round(math.log10(LEAST_NOISE))}")
 
 
+@functools.cache
 def calibrated_noise(epsilon_target: float, delta: float, rate: float, steps: int) -> float:
     """The least noise multiplier of four significant digits with which the steps spend no more than the target."""
     if not (epsilon_target > 0 and 0 < delta < 1 and 0 < rate <= 1 and steps >= 1):
@@ -127,8 +161,8 @@ def spent_bound(
 ) -> Callable[[int], float]:
     """What was spent after so many of the steps that follow those before: a bound, exact after the last.
 
-    It is that of the next of POINTS numbers of steps, computed when first asked for. Epsilon grows about as the square root
-    of the steps: at squares the points are about as far from one another in epsilon.
+    It is that of the next of POINTS numbers of steps, computed when first asked for. Epsilon grows about as the square
+    root of the steps: at squares the points are about as far from one another in epsilon.
     """
     points = sorted({math.ceil(steps * (i / POINTS) ** 2) for i in range(POINTS + 1)})
 
