@@ -410,22 +410,19 @@ def tables(runs: list[Measures], changes: list[Measures]) -> list[Table]:
     columns = [*runs, *changes]
     heads = [one.name for one in columns]
     first, *_ = runs
-    overall = [[metric, *(cell(one.overall[metric], one) for one in columns)] for metric in first.overall]
+    overall = [[metric, *(cell(one.overall[metric], "", one) for one in columns)] for metric in first.overall]
     found = [Table("Overall", ["metric", *heads], overall)]
-    rows = []
-    for key in first.disparities:
-        by, metric, measure = key
-        rows.append(
-            [
-                f"{by}: {measure} of {metric}",
-                *(cell(one.disparities[key][0], one, one.disparities[key][1]) for one in columns),
-            ]
-        )
-    found.append(Table("Disparities", ["by", *heads], rows))
+    for measure in disparity.MEASURES:
+        rows = [
+            [f"{metric} by {by}", *(cell(*one.disparities[by, metric, measure], one) for one in columns)]
+            for by, metric, of in first.disparities
+            if of == measure
+        ]
+        found.append(Table(f"{measure[0].upper()}{measure[1:]}", ["", *heads], rows))
     for name, groups in first.by.items():
         for metric in metrics_in(groups):
             rows = [
-                [group.name, f"{group.count:,}", *(cell(one.by[name][i].metrics[metric], one) for one in columns)]
+                [group.name, f"{group.count:,}", *(cell(one.by[name][i].metrics[metric], "", one) for one in columns)]
                 for i, group in enumerate(groups)
             ]
             order = np.argsort([group.metrics[metric][0] for group in groups], kind="stable")
@@ -434,7 +431,7 @@ def tables(runs: list[Measures], changes: list[Measures]) -> list[Table]:
     return found
 
 
-def cell(values: Values, one: Measures, lowest: str = "") -> str:
+def cell(values: Values, lowest: str, one: Measures) -> str:
     """`0.9333 (0.8944 to 0.9667)`, with a sign where it is a difference, and the group that it is of."""
     low, high = disparity.interval(values)
     form = "+.4f" if one.of else ".4f"

@@ -30,25 +30,21 @@ def fairness_page(about: dict[str, Any], tables: list[Table], figures: dict[str,
     """`about` is what fairness.json has beside the measures."""
     steps = ", ".join(f"{name} at step {step:,}" for name, step in about["steps"].items())
     kind = "labels, each true or not" if about["many_labels"] else "classes"
-    overall, disparities, *groups = tables
+    overall, (gaps, errors), groups = tables[0], tables[1:3], tables[3:]
     parts = [
         paragraph(f"{steps}, on {about['images']:,} held-out images of {len(about['labels']):,} {kind}."),
         paragraph(READING.format(resamples=about["resamples"])),
         heading(overall.title),
         table(overall.heads, overall.rows),
     ]
+    first = next(iter(about["steps"]))
     for name, differing in about["settings"].items():
-        first = next(iter(about["steps"]))
-        said = [("What differs in", f"{first} → {name}"), *(tuple(one.split(": ", 1)) for one in differing)]
-        parts.append(facts(said) if differing else paragraph(f"{name} has the settings of {first}."))
-    parts += [
-        heading(disparities.title),
-        paragraph(MEASURES),
-        plot(figures["fairness-disparities"]),
-        table(disparities.heads, disparities.rows),
-        heading("Groups"),
-        plot(figures["fairness-groups"]),
-    ]
+        parts.append(heading(f"What differs: {first} → {name}", 3))
+        parts.append(facts(tuple(one.split(": ", 1)) for one in differing) if differing else paragraph("No setting."))
+    parts += [heading("Disparities"), paragraph(MEASURES), plot(figures["fairness-disparities"])]
+    for one in (gaps, errors):
+        parts += [heading(one.title, 3), table(one.heads, one.rows)]
+    parts += [heading("Groups"), plot(figures["fairness-groups"])]
     for one in groups:
         parts += [heading(one.title, 3), table(one.heads, one.rows)]
     if about["notes"]:
@@ -95,7 +91,7 @@ def draw_disparities(runs: list[Measures], figure: Any) -> None:
             values = [run.disparities[by, metric, measure][0] for by, metric in keys]
             bars(axes, values, number, len(runs), run.name)
         axes.set_title(f"{measure} ({even}: all groups alike)", loc="left", fontsize=9)
-    rows_named(panels[0], [f"{metric} by {by}" for by, metric in keys])
+        rows_named(axes, [f"{metric} by {by}" for by, metric in keys])
     legend(figure, panels[0])
 
 
