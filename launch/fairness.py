@@ -184,7 +184,7 @@ def scored_of(name: str, run: str, config: Config) -> Scored:
         name=name,
         config=config,
         step=step,
-        scores=disparity.probabilities(scores[kept], config.data.loss),
+        scores=disparity.probabilities(scores[kept], "sigmoid" if truth.ndim == 2 else config.data.loss),
         labels=truth[kept],
         images=[image for image, there in zip(images, kept, strict=True) if there],
         label_names=label_names(origins, truth, scores.shape[1]),
@@ -255,7 +255,7 @@ def read_groups(file: str) -> dict[str, dict[str, str]]:
     heads = [head.strip() for head in lines[0]] if lines else []
     if len(heads) < 2:
         raise ConfigError(
-            f"--groups {file} has {len(heads)} columns in its header: give the image's name first, then a column for each "
+            f"--groups {file} has {len(heads)} column{'s' * (len(heads) != 1)} in its header: give the image's name first, then a column for each "
             f"attribute, such as image,age,sex"
         )
     if wrong := [head for head, count in Counter(heads[1:]).items() if count > 1 or not head]:
