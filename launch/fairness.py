@@ -254,9 +254,10 @@ def read_groups(file: str) -> dict[str, dict[str, str]]:
         raise ConfigError(f"--groups {file} is not a CSV file in UTF-8: {error}") from None
     heads = [head.strip() for head in lines[0]] if lines else []
     if len(heads) < 2:
+        columns = f"{len(heads)} column{'s' * (len(heads) != 1)}"
         raise ConfigError(
-            f"--groups {file} has {len(heads)} column{'s' * (len(heads) != 1)} in its header: give the image's name first, then a column for each "
-            f"attribute, such as image,age,sex"
+            f"--groups {file} has {columns} in its header: give the image's name first, then a column for each attribute, such as "
+            f"image,age,sex"
         )
     if wrong := [head for head, count in Counter(heads[1:]).items() if count > 1 or not head]:
         raise ConfigError(f"--groups {file} has columns without a name of their own ({wrong[0]!r}): name each once")
