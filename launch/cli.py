@@ -218,6 +218,13 @@ def probe(argv: list[str]) -> int:
     return main(argv)
 
 
+def fairness(argv: list[str]) -> int:
+    """how evenly image runs do by class and by group, and what further ones change: fairness RUN [OTHER ...] [--groups FILE.csv]"""
+    from launch.fairness import main
+
+    return main(argv)
+
+
 def configs(argv: list[str]) -> int:
     """list the experiments"""
     from launch.config_commands import configs as run
@@ -257,6 +264,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep,
     "fit": fit,
     "probe": probe,
+    "fairness": fairness,
 }
 
 
