@@ -22,6 +22,7 @@ from configs.data_sections import (
 from configs.finetune import DistillConfig, FinetuneConfig
 from configs.guard import UNGUARDED, GuardConfig
 from configs.optimizer import PLAIN, OptimizerConfig
+from configs.privacy import OPEN, PrivacyConfig, check_privacy
 from configs.remat import ATTENTION, RECURRENCE, check_remat
 from configs.section import ConfigError, Section, divides, setting
 from configs.shared_images import check_shared_images, whole_images
@@ -289,6 +290,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trainer: TrainerConfig = TrainerConfig()
     guard: GuardConfig = UNGUARDED
+    privacy: PrivacyConfig = OPEN
     eval: EvalConfig = EvalConfig()
     watchdog: WatchdogConfig = WatchdogConfig()  # noqa: RUF009 (frozen)
 
@@ -312,6 +314,7 @@ class Config:
         if isinstance(self.data, ImageData):
             check_shared_images(self.data, self.mesh)
         check_remat(self.model, self.trainer)
+        check_privacy(self)
         if image and self.trainer.z_loss:
             raise ConfigError(
                 f"{self.trainer.show('z_loss')} contradicts model.kind={self.model.kind!r}: only language models have it, "
@@ -370,6 +373,7 @@ __all__ = [  # what others import from here without its being made here
     "ImageData",
     "OptimizerConfig",
     "PreparedData",
+    "PrivacyConfig",
     "RecallData",
     "TextData",
     "TokenizedData",

@@ -38,6 +38,10 @@ class Images:
             "weights": np.ones(len(indices), np.float32),
         }
 
+    def views(self, numbers: np.ndarray, positions: np.ndarray) -> Batch:
+        """The same: nothing is augmented."""
+        return self.read(numbers)
+
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
         return [[Origin("digits", int(self.numbers[i]))] for i in indices]
 

@@ -87,6 +87,27 @@ class TrainingPhotos:
             self.finish(image, rng, batch["images"][place])
         return with_bad(batch, bad)
 
+    def views(self, numbers: np.ndarray, positions: np.ndarray) -> Batch:
+        """Of private training: images [B] by number, augmented as the positions say; nothing stands for one that cannot be used,
+        since another one's image would be in a batch without being drawn."""
+        size, bad = self.config.image_size, list[BadRecord]()
+        batch = {
+            "images": np.zeros((len(numbers), size, size, 3), np.float32),
+            "labels": np.zeros(len(numbers), np.int32),
+            "weights": np.zeros(len(numbers), np.float32),
+        }
+        contents = self.split.encoded(numbers)
+        for place, (number, content) in enumerate(zip(numbers, contents, strict=True)):
+            photo = self.split.photo(int(number), content)
+            if isinstance(photo, BadRecord):
+                bad.append(photo)
+                continue
+            rng = np.random.Generator(np.random.Philox(key=key_of(self.config.seed, int(positions[place]))))
+            whole, batch["labels"][place] = photo
+            self.finish(self.fitted(whole, rng), rng, batch["images"][place])
+            batch["weights"][place] = 1
+        return with_bad(batch, bad)
+
     def wanted(self, positions: np.ndarray) -> np.ndarray:
         """Images in the order of their use: each position's own, and the one that it is mixed with."""
         own = self.indices(positions)

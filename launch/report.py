@@ -160,7 +160,7 @@ def curves(it: RunState) -> list[str]:
         drawn["MFU, %"] = partial(draw_speed, found=curve(speeds, "mfu_percent"), colour=first)
     for name in others:
         drawn[f"held-out {name}"] = partial(draw_held_out, found=curve(held_out, name), colour=second)
-    bad = [step for step, record in train.items() if record.get("loss") is None]
+    bad = [step for step, record in train.items() if record.get("loss", 0) is None]
     said = [f"{len(train):,} steps are logged, {len(held_out):,} evaluations."]
     if not held_out:
         said.append("Nothing was evaluated on held-out data.")

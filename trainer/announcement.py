@@ -14,6 +14,7 @@ from sharding.fallbacks import fallbacks
 from sharding.mesh import describe
 from sharding.topologies import peak_flops
 from trainer.offload import notes
+from trainer.privacy import laid_out
 from trainer.run_folder import RunFolder
 from trainer.step import State
 from trainer.tasks import Task
@@ -37,7 +38,7 @@ def announced(
         f"mesh        {describe(mesh)}",
         *(f"{'data' if i == 0 else '':<12}{line}" for i, line in enumerate(data.describe())),
         *([f"epochs      by step {trainer.steps}: {epochs_in_words(data, trainer.steps)}"] if data.sources else []),
-        f"input       {data.ahead(host_bytes(config))}",
+        f"input       {data.ahead(host_bytes(config, mesh))}",
         f"step        {task.units_per_step:,} {task.unit}, {task.flops_per_step:.3g} FLOPs; "
         + (f"MFU against {peak:.3g} FLOP/s a device" if peak else "no MFU: no peak is known for this device"),
         f"optimizer   {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
@@ -67,9 +68,9 @@ def epochs_in_words(data: Dataset, steps: int) -> str:
     return ", ".join(f"{count:.2f} of {source}" for source, count in data.epochs(steps).items())
 
 
-def host_bytes(config: Config) -> int:
+def host_bytes(config: Config, mesh: Mesh) -> int:
     """Of a batch on one host."""
-    fields = batch_fields(config.data).values()
+    fields = batch_fields(laid_out(config, mesh)).values()
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields) // jax.process_count()
 
 

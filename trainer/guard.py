@@ -89,7 +89,7 @@ def with_recent(state: Any, abstract: Any, rows: list[list[float]]) -> Any:
 
 
 def saved_part(state: Any) -> Any:
-    return dataclasses.replace(state, recent=None)
+    return dataclasses.replace(state, recent=None, noise=None)
 
 
 def read_rollbacks(run: str | pathlib.Path) -> list[dict]:

@@ -43,7 +43,7 @@ class Difference:
 def losses(run: str) -> dict[int, float]:
     """Of each logged step; none, if nothing was logged."""
     with contextlib.suppress(OSError):
-        return {step: record["loss"] for step, record in read_metrics(run, "train").items()}
+        return {step: record["loss"] for step, record in read_metrics(run, "train").items() if "loss" in record}
     return {}
 
 

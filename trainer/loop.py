@@ -31,6 +31,7 @@ from trainer.metrics import Reporter
 from trainer.offload import check_host_memory
 from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
 from trainer.preflight import check_data, check_hosts, check_program, code_hash
+from trainer.privacy import Budget, open_privacy, with_noise
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.replay import batch_of
@@ -85,6 +86,9 @@ def train_in_phases(
         check_host_memory(config, mesh)
         data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
         check_fits(config, data.manifest)
+        privacy = None
+        if config.privacy.epsilon:
+            privacy, data = open_privacy(config, mesh, data, folder)
         folder.check_data(data.manifest, allowed="data" in allow)
         rollbacks = read_rollbacks(folder.path) if hosts.first() else []
     check_data(data.manifest)
@@ -114,7 +118,7 @@ def train_in_phases(
         contextlib.closing(folder),
     ):
         # Shapes and shardings of state and batch, and the step; nothing is allocated yet. `podwright plan` compiles the same.
-        program = make_program(config, task, mesh)
+        program = make_program(config, task, mesh, *([privacy.noise] if privacy else []))
         abstract = program.state
         latest = checkpoints.saved.newest()
         reporter.say(*(f"removed {name}, which a killed save or deletion had left" for name in checkpoints.removed))
@@ -127,7 +131,8 @@ def train_in_phases(
             return init(base)
 
         def with_history(state: State, step: int) -> State:
-            """With what the guard compares the next steps with."""
+            """With what no checkpoint has: the key of a private run's noise, and what the guard compares the next steps with."""
+            state = with_noise(state, abstract, privacy)
             if abstract.recent is None:
                 return state
             values = recent_values(folder.path, step, config.guard.window) if hosts.first() else []
@@ -139,12 +144,17 @@ def train_in_phases(
         else:
             with phase(RESTORE):
                 state, meta = checkpoints.restore_newest(saved_part(abstract), reporter.say)
-        start = meta.get("step", 0)
+        start, steps = meta.get("step", 0), config.trainer.steps
         state = with_history(state, start)
+        budget = None
+        if privacy:
+            budget = Budget(privacy, start, steps, meta)
+            reporter.say(*budget.announced(steps))
+            steps = min(steps, budget.last)
         if latest is not None:
             reporter.say(f"resumed from step {start}")
-        if start >= config.trainer.steps:
-            reporter.say(f"nothing to do: {folder.address} already holds step {start} of {config.trainer.steps}")
+        if start >= steps:
+            reporter.say(f"nothing to do: {folder.address} already holds step {start} of {steps}")
             return {}
         teacher, taught = open_teacher(config, mesh, meta)
 
@@ -184,6 +194,8 @@ def train_in_phases(
             meta = {"config": folder.config_hash, "data_hash": data.manifest["hash"], "code": code_hash(), **taught}
             meta["next_batch"] = batch_number(step, data.left_out) + 1
             meta["certificate"] = certificate.noted(state.step, place(batch))
+            if budget:
+                meta |= budget.meta(step)
             blocked = checkpoints.save(step, saved_part(state), meta)
             reporter.record("save", step, {"blocked_ms": 1e3 * blocked})
             reporter.say(f"step {step}: saving to {checkpoints.folder / str(step)} (held up {1e3 * blocked:.0f} ms)")
@@ -192,6 +204,8 @@ def train_in_phases(
         def logged(step: int, metrics: dict, waited: float) -> bool:
             """Log a step; whether the run goes on from it, and does not roll back."""
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if budget:
+                values["epsilon"] = budget.epsilon(step)
             reporter.train(step, values, waited)
             certificate.ran(step, values)
             return guard.accepts(step, values)
@@ -210,7 +224,7 @@ def train_in_phases(
         ):
             profiler.resumed(start)
             step, turn, go_back = start, 0, False
-            while step < config.trainer.steps or go_back:
+            while step < steps or go_back:
                 if go_back:  # the newest state is a bad one: free it first
                     del state
                     with phase(RESTORE), jax.transfer_guard("allow"):
@@ -237,7 +251,7 @@ def train_in_phases(
                     continue
                 pending = (step, metrics, waited)
 
-                last = step == config.trainer.steps
+                last = step == steps
                 turn += 1  # which never comes again, as a step may
                 if hosts.asked_to_stop(turn):
                     stop.append("SIGTERM")
@@ -264,13 +278,15 @@ def train_in_phases(
             checkpoints.finish()
             folder.push(wait=True)
         if stop:
-            if step < config.trainer.steps:  # so that who resumes has a step to compare with
+            if (
+                step < steps and not privacy
+            ):  # so that who resumes has a step to compare with; of a private run no more is told
                 _, metrics = step_program(state, place(batch_of(data, step + 1)), teacher)
                 reporter.record(
                     AHEAD, step + 1, {name: float(value) for name, value in jax.device_get(metrics).items()}
                 )
             raise Preempted(f"stopped by {stop[0]} after step {step}, which is saved")
-        reporter.say(f"done: {config.trainer.steps} steps; checkpoint {checkpoints.folder / str(step)}")
+        reporter.say(f"done: {steps} steps; checkpoint {checkpoints.folder / str(step)}")
         return evaluation
 
 

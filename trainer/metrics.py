@@ -151,8 +151,11 @@ class Reporter:
     def _line(self, step: int, values: dict[str, float], speed: dict[str, float], step_seconds: float) -> str:
         eta = int((self.steps - step) * step_seconds)
         mfu = f"{speed['mfu_percent']:.1f}%" if self.peak else "n/a"
+        # A private run logs what it spent, and its loss only if that is asked for.
+        loss = f"loss {values['loss']:7.4f}  " if "loss" in values else ""
+        loss += f"epsilon {values['epsilon']:6.3f}  " if "epsilon" in values else ""
         return (
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {values['loss']:7.4f}  grad {values['grad_norm']:8.3g}  "
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  {loss}grad {values['grad_norm']:8.3g}  "
             f"{speed[f'{self.unit}_per_second']:>9,.0f} {self.unit}/s  {speed['step_ms']:7.1f} ms  "
             f"wait {speed['data_wait_percent']:5.1f}%  mem {speed['memory_gib']:5.2f}G  mfu {mfu:>5}  "
             f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"

@@ -20,6 +20,8 @@ from sharding.rules import rules_for
 from trainer.guard import JUDGED
 from trainer.offload import moments_on_host
 from trainer.optimizers import make_optimizer, make_schedule
+from trainer.privacy import laid_out
+from trainer.private_gradient import private_mean
 from trainer.step import State, init_state, train_step
 from trainer.tasks import Task
 from trainer.trees import concrete
@@ -37,8 +39,8 @@ class Program:
         return self.step.trace(self.state, self.batch, teacher)
 
 
-def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Program:
-    """To be called, and traced, with `mesh` set."""
+def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh, noise: float = 1.0) -> Program:
+    """To be called, and traced, with `mesh` set. `noise` is a private run's multiplier, which costs nothing to change."""
     spec = rules_for(mesh).spec
     schedule = make_schedule(config.optimizer, config.trainer.steps)
     optimizer: optax.GradientTransformation = make_optimizer(
@@ -51,7 +53,10 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
     if config.guard.threshold:
         values = jax.ShapeDtypeStruct((config.guard.window, len(JUDGED)), jnp.float32)
         state = dataclasses.replace(state, recent=concrete(values, mesh))
-    trainer = config.trainer
+    trainer, private = config.trainer, None
+    if config.privacy.epsilon:
+        state = dataclasses.replace(state, noise=concrete(jax.ShapeDtypeStruct((2,), jnp.uint32), mesh))
+        private = functools.partial(private_mean, config.privacy, noise, config.data.batch_size)
     step = functools.partial(
         train_step,
         task=task,
@@ -61,11 +66,12 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh) -> Progr
         microbatches=trainer.microbatches,
         config=config.optimizer,
         guard=config.guard,
+        private=private,
     )
-    rows = NamedSharding(mesh, spec("batch"))
+    rows, data = NamedSharding(mesh, spec("batch")), laid_out(config, mesh)
     batch, held_out = (
         {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in fields.items()}
-        for fields in (batch_fields(config.data), batch_fields(config.data, held_out=True))
+        for fields in (batch_fields(data), batch_fields(data, held_out=True))
     )
     return Program(
         init, state, batch, held_out, jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))

@@ -84,14 +84,14 @@ class RunFolder:
 
     def _match(self, config: Config, allow: frozenset[str]) -> None:
         """Keep the config of a new run; hold one that has trained to its own, and an imported one to what fits its arrays."""
-        if self.config_file.exists() and (self._has_trained() or self._saved_steps()):
+        if self.config_file.exists() and (self.has_trained() or self._saved_steps()):
             try:
                 saved = from_json(self.config_file.read_text())
             except ConfigError as error:
                 raise StorageError(f"{self.config_file} cannot be read back: {error}") from error
             self.changes = differences(saved, config)
             unfit = [d for d in self.changes if "checkpoint" in d.effects]
-            held = set(REFUSED) if self._has_trained() else set()
+            held = set(REFUSED) if self.has_trained() else set()
             refused = [d for d in self.changes if set(d.effects) & held and d.path not in allow]
             if unfit:
                 listed = "; ".join(str(d) for d in unfit)
@@ -106,7 +106,7 @@ class RunFolder:
                 )
         self.write("config.json", to_json(config))
 
-    def _has_trained(self) -> bool:
+    def has_trained(self) -> bool:
         """Whether there is anything to protect: a run that stopped before its first step may still change its mind."""
         metrics = self.path / "metrics.jsonl"
         return (metrics.exists() and metrics.stat().st_size > 0) or bool(self._saved_steps() - {"0"})
@@ -126,7 +126,7 @@ class RunFolder:
         if not self.owner:
             return
         file = self.path / "data_manifest.json"
-        if file.exists() and self._has_trained():
+        if file.exists() and self.has_trained():
             saved = read_manifest(self.path)
             if saved["hash"] != manifest["hash"] and not allowed:
                 raise DataError(

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import PartitionSpec
 
 from configs.optimizer import OptimizerConfig
-from models.params import axes_of
+from trainer.own_rows import summed_over_devices
 from trainer.tasks import Batch, Sums, Task
 
 Gradient = Callable[[Any, Batch, jax.Array], tuple[Any, Sums]]  # (model, batch, key) -> gradient, metrics
@@ -48,39 +48,18 @@ def of_share(gradient: Gradient, share: float) -> Gradient:
 
 def local_gradient(task: Task, config: OptimizerConfig) -> Gradient:
     """The mean over devices of gradients, each where the device's own rows led it."""
-
-    def mean(model: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
-        devices = axes_of(jax.typeof(batch["weights"]).sharding.spec[0])
-        like = jax.eval_shape(lambda key: task.init(key, whole), key)
-        leaves, structure = jax.tree.flatten(model)
-        everywhere = jax.tree.unflatten(jax.tree.structure(like), [reshard(leaf, PartitionSpec()) for leaf in leaves])
-        one = functools.partial(one_device, task, config, devices)
-        rows = PartitionSpec(devices)
-        gradient, metrics = jax.shard_map(
-            one, in_specs=(PartitionSpec(), rows, PartitionSpec()), out_specs=PartitionSpec()
-        )(everywhere, batch, key)
-        stored = [
-            reshard(found, jax.typeof(leaf).sharding.spec)
-            for found, leaf in zip(jax.tree.leaves(gradient), leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, stored), metrics
-
-    return mean
+    one = functools.partial(one_device, task, config)
+    return lambda model, batch, key: summed_over_devices(one, task, model, batch, key)
 
 
 def one_device(
-    task: Task, config: OptimizerConfig, devices: tuple[str, ...], model: Any, batch: Batch, key: jax.Array
+    task: Task, config: OptimizerConfig, model: Any, batch: Batch, key: jax.Array, devices: tuple[str, ...]
 ) -> tuple[Any, Sums]:
-    """What a device does by itself, with whole parameters and its own rows, before all add up what they found."""
+    """What a device does by itself, and the weighted mean over all of them."""
     gradient = jax.grad(task.loss, has_aux=True)
-    model = jax.tree.map(lambda w: jax.lax.pcast(w, devices, to="varying"), model)  # or gradients would be summed
     key = jax.random.fold_in(key, jax.lax.axis_index(devices))
     ascent, _ = gradient(model, first_rows(batch, config.sam_share), key)
     found = gradient(climbed(model, ascent, config.sam_rho), batch, key)
     weight = task.weight(batch)
     share = weight / jnp.maximum(jax.lax.psum(weight, devices), 1.0)
     return jax.lax.psum(jax.tree.map(lambda x: share * x, found), devices)
-
-
-def whole(*names: str | None) -> PartitionSpec:
-    return PartitionSpec(*(None,) * len(names))

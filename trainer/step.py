@@ -29,6 +29,7 @@ class State:
     opt_state: Any
     ema: Any | None = None  # average of the model's parameters; None if none is kept
     recent: jax.Array | None = None  # see guard.judge; None if nothing is compared with it
+    noise: jax.Array | None = None  # uint32 [2], key of a private run's noise; never saved
 
 
 def init_state(
@@ -59,12 +60,14 @@ def train_step(
     microbatches: int = 1,
     config: OptimizerConfig = PLAIN,
     guard: GuardConfig = UNGUARDED,
+    private: Callable[..., tuple[Any, dict[str, jax.Array]]] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer update. Metrics: the task's, norm of the gradient before clipping, learning rate (float32 scalars).
 
     A teacher, if there is one, goes to the loss of a distilled task. With `config.offload` the moments come from the host's
-    memory and go back there; with `config.sam_rho` the gradient is that of another place, and so are loss and norm. Where `guard` judges on the device its verdict is among the metrics, and with its policy `skip`
-    a bad step leaves parameters and moments as they were.
+    memory and go back there; with `config.sam_rho` the gradient is that of another place, and so are loss and norm. Where `guard`
+    judges on the device its verdict is among the metrics, and with its policy `skip` a bad step leaves parameters and moments as
+    they were. `private` finds the gradient in place of the batch's mean, with noise; then there is no loss among the metrics.
     """
     key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
     loss = task.loss if teacher is None else functools.partial(task.loss, teacher=teacher)
@@ -77,7 +80,12 @@ def train_step(
     at = state.model
     if config.sam_rho and not local:
         at = climbed(at, find(of_share(one, config.sam_share), at)[0], config.sam_rho)
-    gradient, metrics = find(one, at)
+    if private is None:
+        gradient, metrics = find(one, at)
+    else:
+        assert state.noise is not None
+        noise_key = jax.random.fold_in(jax.random.wrap_key_data(state.noise), state.step)
+        gradient, metrics = private(task, at, batch, key, noise_key)
     norm = optax.tree.norm(gradient)
     metrics |= {"grad_norm": norm}
     bad, recent = ~jnp.isfinite(norm), None
@@ -106,7 +114,7 @@ def train_step(
     if ema is not None and guard.policy == "skip":
         ema = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state.ema, ema)
     metrics |= {"learning_rate": schedule(state.step)}
-    return State(state.step + 1, model, opt_state, ema, recent), metrics
+    return State(state.step + 1, model, opt_state, ema, recent, state.noise), metrics
 
 
 def averaged(ema: Any, model: Any, step: jax.Array, decay: float) -> Any:

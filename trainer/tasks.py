@@ -50,6 +50,11 @@ def make_task(config: Config) -> Task:
     task = TASKS[config.data.kind](config)
     if config.optimizer.sam_rho:  # climbs with a share of the batch first
         task = dataclasses.replace(task, flops_per_step=task.flops_per_step * (1 + config.optimizer.sam_share))
+    if config.privacy.epsilon:  # of each unit so many rows, and a batch of units in expectation
+        rows = config.privacy.rows
+        task = dataclasses.replace(
+            task, units_per_step=rows * task.units_per_step, flops_per_step=rows * task.flops_per_step
+        )
     return adapted(task, config.finetune) if config.finetune.lora_rank else task
 
 
