@@ -23,6 +23,11 @@ class FinetuneConfig(Section):
         high=1,
         changes=_MATH,
     )
+    learns: tuple[str, ...] = setting(
+        (),
+        "parameters that learn, by their names or the places above them, such as head,final_conv; empty for all",
+        changes=_ARCH,
+    )
     lora_rank: int = setting(
         0,
         "rank of what is added to each matrix and alone learns (arXiv 2106.09685); 0: all parameters learn",
@@ -34,6 +39,11 @@ class FinetuneConfig(Section):
     def check(self) -> None:
         if self.new_head and not self.base:
             raise ConfigError(f"{self.show('new_head')} has nothing to start from: give finetune.base")
+        if self.learns and self.lora_rank:
+            raise ConfigError(
+                f"{self.show('learns')} contradicts {self.show('lora_rank')}: only what is added learns then, and learns must be "
+                f"empty"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

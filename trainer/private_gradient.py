@@ -17,6 +17,8 @@ from models.params import path_name
 from trainer.own_rows import summed_over_devices
 from trainer.tasks import Batch, Task
 
+Filled = Callable[[list[jax.Array], Callable[[jax.Array], jax.Array]], Any]
+
 
 def private_mean(
     config: PrivacyConfig,
@@ -67,10 +69,10 @@ def own_units(
     def group(rows: jax.Array) -> jax.Array:
         return rows[order].reshape(-1, config.together, *rows.shape[1:])
 
-    learning, structure, joined = split(task, model)
+    learning, filled = split(task, model)
 
     def loss(learning: list[jax.Array], unit: Batch, key: jax.Array) -> jax.Array:
-        whole = joined(learning)
+        whole = filled(learning, jax.lax.stop_gradient)
         return task.loss(task.prepare(whole) if task.prepare else whole, unit, key)[0]
 
     gradient = clipped_grad(
@@ -102,12 +104,11 @@ def own_units(
     parts = jax.tree.map(group, (units, keys, real))
     (found, sums), _ = jax.lax.scan(add, (zeros, nothing), parts)
     found, sums = jax.lax.psum((found, sums), devices)
-    return structure(found), sums
+    return filled(found, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)), sums
 
 
-def split(task: Task, model: Any):
-    """What learns of a model, as a list; a function that makes a tree like the model of such a list, with zeros elsewhere; and
-    one that puts such a list back into the model."""
+def split(task: Task, model: Any) -> tuple[list[jax.Array], Filled]:
+    """What learns of a model, or of a tree like it, as a list; and what puts such a list back, with `rest(leaf)` of all others."""
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
     learns = [task.learns is None or task.learns(path_name(path)) for path, _ in paths]
 
@@ -116,25 +117,20 @@ def split(task: Task, model: Any):
         leaves = [next(own) if learn else rest(leaf) for learn, (_, leaf) in zip(learns, paths, strict=True)]
         return jax.tree.unflatten(structure, leaves)
 
-    return (
-        [leaf for own, (_, leaf) in zip(learns, paths, strict=True) if own],
-        lambda values: filled(values, jnp.zeros_like),
-        lambda values: filled(values, jax.lax.stop_gradient),
-    )
+    return [leaf for learn, (_, leaf) in zip(learns, paths, strict=True) if learn], filled
 
 
 @jax.named_scope("noise")
 def noised(total: Any, noise: float, key: jax.Array, task: Task) -> Any:
     """Gaussian noise of this standard deviation on every element that learns, each array's from a key of its own. It is the
     same however the arrays are divided over devices."""
-    learning, filled, _ = split(task, total)
+    learning, filled = split(task, total)
     keys = jax.random.split(key, len(learning))
-    return filled(
-        [
-            leaf + noise * jax.random.normal(keys[i], leaf.shape, out_sharding=jax.typeof(leaf).sharding.spec)
-            for i, leaf in enumerate(learning)
-        ]
-    )
+    noisy = [
+        leaf + noise * jax.random.normal(keys[i], leaf.shape, out_sharding=jax.typeof(leaf).sharding.spec)
+        for i, leaf in enumerate(learning)
+    ]
+    return filled(noisy, lambda leaf: leaf)
 
 
 def jax_privacy_clipping() -> Any:

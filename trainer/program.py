@@ -17,6 +17,7 @@ from configs.schema import Config
 from data.shapes import batch_fields
 from sharding.flags import compiler_options
 from sharding.rules import rules_for
+from trainer.frozen import check_learns
 from trainer.guard import JUDGED
 from trainer.offload import moments_on_host
 from trainer.optimizers import make_optimizer, make_schedule
@@ -48,6 +49,7 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh, noise: f
     )
     init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec, bool(config.optimizer.ema))
     state = concrete(jax.eval_shape(init), mesh)
+    check_learns(config.finetune.learns, state.model)
     if config.optimizer.offload:
         state = dataclasses.replace(state, opt_state=moments_on_host(state.opt_state))
     if config.guard.threshold:

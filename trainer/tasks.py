@@ -45,7 +45,8 @@ class Task:
 
 
 def make_task(config: Config) -> Task:
-    from trainer.lora import adapted  # which needs Task
+    from trainer.frozen import partly  # which need Task
+    from trainer.lora import adapted
 
     task = TASKS[config.data.kind](config)
     if config.optimizer.sam_rho:  # climbs with a share of the batch first
@@ -55,6 +56,8 @@ def make_task(config: Config) -> Task:
         task = dataclasses.replace(
             task, units_per_step=rows * task.units_per_step, flops_per_step=rows * task.flops_per_step
         )
+    if config.finetune.learns:
+        task = partly(task, config.finetune.learns)
     return adapted(task, config.finetune) if config.finetune.lora_rank else task
 
 
