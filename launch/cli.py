@@ -225,6 +225,13 @@ def fairness(argv: list[str]) -> int:
     return main(argv)
 
 
+def privacy(argv: list[str]) -> int:
+    """what a private run's parameters keep private, and at which epsilon: privacy RUN [--step N] [--json]"""
+    from launch.privacy import main
+
+    return main(argv)
+
+
 def configs(argv: list[str]) -> int:
     """list the experiments"""
     from launch.config_commands import configs as run
@@ -265,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": fit,
     "probe": probe,
     "fairness": fairness,
+    "privacy": privacy,
 }
 
 
