@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pictures import encoded, picture
-from runs import SMALL, finish, train_command
+from runs import finish, train_command
 
 from configs.chest_xrays import EVALUATED, OBSERVATIONS
 from configs.overrides import resolve
@@ -22,7 +22,6 @@ from data.medical import chexpert_labels, chexpert_rows, decade, mimic_labels, m
 from data.shapes import batch_fields
 from launch.cli import main
 from sharding.mesh import one_device_mesh
-from sharding.rules import rules_for
 from trainer.tasks import check_fits, make_task
 
 NAMES = ("red", "round", "large")
@@ -273,22 +272,22 @@ def several_words():
 @pytest.mark.parametrize("mixed", [False, True])
 def test_loss_and_metrics_of_several_labels_are_those_of_their_formula(mixed):
     words = ["--data.source", "x.csv", "--data.channels", "3", "--model.channels", "3", "--model.num_classes", "3"]
-    words += [*several_words(), "--data.batch_size", "4", "--data.evaluated", "large,red", *SMALL["nfnet-tiny"].split()]
-    words += ["--model.dropout", "0", "--model.stochastic_depth", "0", *(["--data.cutmix", "true"] if mixed else [])]
+    words += [*several_words(), "--data.batch_size", "4", "--data.evaluated", "large,red"]
+    words += ["--data.cutmix", "true"] if mixed else []
     task = make_task(resolve("nfnet-tiny", words).config)
-    rng, mesh = np.random.default_rng(0), one_device_mesh()
-    images = rng.normal(size=(4, 16, 16, 3)).astype(np.float32)
+    rng = np.random.default_rng(0)
     y, other, mix = rng.uniform(size=(4, 3)), rng.integers(2, size=(4, 3)), rng.uniform(size=4)
-    weights = np.array([1, 1, 1, 0])
-    batch = {"images": images, "labels": y, "weights": weights}
+    z = rng.normal(size=(4, 3))
+    batch = {"images": np.zeros((4, 1, 1, 1)), "labels": y, "weights": np.array([1, 1, 1, 0])}
     batch |= {"labels_b": other, "mix": mix} if mixed else {}
-    with jax.set_mesh(mesh):
-        model = jax.jit(lambda: task.init(jax.random.key(3), rules_for(mesh).spec))()
-        model = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), model)
-        placed = {name: jnp.asarray(rows, jnp.float32) for name, rows in batch.items()}
-        z = np.asarray(jax.jit(lambda m: m(placed["images"], dtype=jnp.float32, dropout_key=None))(model), np.float64)
-        loss, metrics = jax.jit(task.loss)(model, placed, jax.random.key(1))
-        sums = jax.device_get(jax.jit(task.evaluate)(model, {n: placed[n] for n in ("images", "labels", "weights")}))
+    placed = {name: jnp.asarray(rows, jnp.float32) for name, rows in batch.items()}
+
+    def model(images, **_):
+        return jnp.asarray(z, jnp.float32)
+
+    with jax.set_mesh(one_device_mesh()):
+        loss, metrics = task.loss(model, placed, jax.random.key(1))
+        sums = jax.device_get(task.evaluate(model, placed))
 
     def nats(y):
         return -y * np.log(1 / (1 + np.exp(-z))) - (1 - y) * np.log(1 / (1 + np.exp(z)))
