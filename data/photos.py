@@ -241,8 +241,8 @@ def open_photos(config: ImageData) -> Dataset:
         batch_size=config.batch_size,
         seed=config.seed,
         summary=(
-            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images of {source.classes:,} {'labels' if config.labels else 'classes'}, "
-            f"{config.image_size} by {config.image_size} ({len(train) * config.multiplicity / config.batch_size:,.1f} steps of "
+            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images of {source.classes:,} "
+            f"{'labels' if config.labels else 'classes'}, {config.image_size} by {config.image_size} ({len(train) * config.multiplicity / config.batch_size:,.1f} steps of "
             f"{config.batch_size} an epoch)",
             *far_moves(config),
             *shared_owners(train, rest),

@@ -237,8 +237,7 @@ def check_fits(config: Config, manifest: dict) -> None:
     """Raise ConfigError if the model has fewer outputs than the data has tokens or classes, or other channels."""
     for field, needed in manifest["needs"].items():
         given = getattr(config.model, field)
-        exact = field == "channels" or "labels" in manifest
-        if given < needed or (exact and given != needed):
+        if given < needed or (field == "channels" and given != needed):
             raise ConfigError(f"model.{field}={given} does not fit the data, which needs {needed}")
 
 
