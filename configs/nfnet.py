@@ -183,7 +183,7 @@ def transfer(variant: str) -> Callable[[], Config]:
 
 
 def places365() -> Config:
-    """NFNet-F3 from its pretraining to Places365's 365 scenes at 224 pixels, evaluated on its 36,500: sets of arXiv 2308.10888."""
+    """NFNet-F3 from its pretraining to Places365's 365 scenes, evaluated on its 36,500: arXiv 2308.10888."""
     data = ImageData(
         source="places365/train",
         held_out_source="places365/validation",
@@ -212,12 +212,12 @@ def radiographs(folder: str) -> ImageData:
 
 
 def chexpert() -> Config:
-    """NFNet-F3 from its pretraining to CheXpert's 14 observations, evaluated on 5 of them: sets of arXiv 2308.10888."""
+    """NFNet-F3 from its pretraining to CheXpert's 14 observations, evaluated on 5: arXiv 2308.10888."""
     return finetuned("nfnet-f3-chexpert", "f3", len(OBSERVATIONS), radiographs("chexpert"))
 
 
 def mimic() -> Config:
-    """NFNet-F3 from its pretraining to MIMIC-CXR's 14 observations: sets of arXiv 2308.10888."""
+    """NFNet-F3 from its pretraining to MIMIC-CXR's 14 observations: arXiv 2308.10888."""
     data = dataclasses.replace(radiographs("mimic-cxr"), evaluated=())
     return finetuned("nfnet-f3-mimic", "f3", len(OBSERVATIONS), data)
 
