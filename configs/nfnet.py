@@ -1,13 +1,14 @@
 """NFNet experiments. The first line of a docstring is what `podwright configs` prints.
 
 Three recipes: ImageNet from scratch and transfer as in arXiv 2102.06171 (its released code, and A.5), and pretraining on a web
-collection as in arXiv 2310.16764. Their images are the user's: `data.source` and `data.held_out_source` say where.
+collection as in arXiv 2310.16764. Transfer goes to the four sets of arXiv 2308.10888, too. Their images are the user's: `data.source` and `data.held_out_source` say where.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from configs.chest_xrays import EVALUATED, OBSERVATIONS
 from configs.schema import (
     CheckpointConfig,
     Config,
@@ -155,20 +156,25 @@ def pretraining(variant: str) -> Callable[[], Config]:
     return experiment
 
 
+def finetuned(name: str, variant: str, num_classes: int, data: ImageData) -> Config:
+    optimizer = sgd(data.batch_size, warmup_steps=5000, final_fraction=0.0, ema=0.9999, sam_rho=0.05, sam_share=0.2)
+    return Config(
+        name=name,
+        model=model_of(variant, num_classes=num_classes, dropout=0.25, stochastic_depth=0.1),
+        data=data,
+        optimizer=dataclasses.replace(optimizer, learning_rate=0.1, weight_decay=1e-5, sam_ascent="local"),
+        finetune=FinetuneConfig(base=f"runs/nfnet-{variant}-pretrain", new_head=True),
+        eval=EvalConfig(every=1000, batches=0),
+        **on_a_pod(15_000),
+    )
+
+
 def transfer(variant: str) -> Callable[[], Config]:
     """Update rule and rates of arXiv 2102.06171, A.5; 384 and 480 pixels of arXiv 2310.16764, which does not state the rest."""
 
     def experiment() -> Config:
-        optimizer = sgd(2048, warmup_steps=5000, final_fraction=0.0, ema=0.9999, sam_rho=0.05, sam_share=0.2)
-        return Config(
-            name=f"nfnet-{variant}-finetune",
-            model=model_of(variant, num_classes=1000, dropout=0.25, stochastic_depth=0.1),
-            data=imagenet(dataclasses.replace(size_of(variant), pixels=384, eval_pixels=480), batch_size=2048),
-            optimizer=dataclasses.replace(optimizer, learning_rate=0.1, weight_decay=1e-5, sam_ascent="local"),
-            finetune=FinetuneConfig(base=f"runs/nfnet-{variant}-pretrain", new_head=True),
-            eval=EvalConfig(every=1000, batches=0),
-            **on_a_pod(15_000),
-        )
+        size = dataclasses.replace(size_of(variant), pixels=384, eval_pixels=480)
+        return finetuned(f"nfnet-{variant}-finetune", variant, 1000, imagenet(size, batch_size=2048))
 
     experiment.__doc__ = (
         f"{title(variant)} from its pretraining to ImageNet at 384 pixels, with SAM: arXiv 2102.06171, A.5."
@@ -176,9 +182,52 @@ def transfer(variant: str) -> Callable[[], Config]:
     return experiment
 
 
+def places365() -> Config:
+    """NFNet-F3 from its pretraining to Places365's 365 scenes, evaluated on its 36,500: arXiv 2308.10888."""
+    data = ImageData(
+        source="places365/train",
+        held_out_source="places365/validation",
+        channels=3,
+        image_size=224,
+        augment="crop",
+        batch_size=2048,
+    )
+    return finetuned("nfnet-f3-places365", "f3", 365, data)
+
+
+def radiographs(folder: str) -> ImageData:
+    """224 pixels, no statistics of the images; a box of 8 % of a radiograph would show less than its labels say."""
+    return ImageData(
+        source=f"{folder}/train.csv",
+        held_out_source=f"{folder}/valid.csv",
+        labels=OBSERVATIONS,
+        evaluated=EVALUATED,
+        loss="sigmoid",
+        label_smoothing=0.0,
+        normalise="centred",
+        channels=3,
+        image_size=224,
+        batch_size=2048,
+    )
+
+
+def chexpert() -> Config:
+    """NFNet-F3 from its pretraining to CheXpert's 14 observations, evaluated on 5: arXiv 2308.10888."""
+    return finetuned("nfnet-f3-chexpert", "f3", len(OBSERVATIONS), radiographs("chexpert"))
+
+
+def mimic() -> Config:
+    """NFNet-F3 from its pretraining to MIMIC-CXR's 14 observations: arXiv 2308.10888."""
+    data = dataclasses.replace(radiographs("mimic-cxr"), evaluated=())
+    return finetuned("nfnet-f3-mimic", "f3", len(OBSERVATIONS), data)
+
+
 PUBLISHED = {
     "nfnet-tinyplus": tiny_plus,
     **{f"nfnet-{variant}": from_scratch(variant) for variant in VARIANTS},
     **{f"nfnet-{variant}-pretrain": pretraining(variant) for variant in WEB},
     **{f"nfnet-{variant}-finetune": transfer(variant) for variant in WEB},
+    "nfnet-f3-places365": places365,
+    "nfnet-f3-chexpert": chexpert,
+    "nfnet-f3-mimic": mimic,
 }

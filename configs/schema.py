@@ -311,7 +311,12 @@ class Config:
                 f"{self.data.show('sequence_length')} is not a multiple of {self.mesh.show('sequence')}, the devices "
                 f"that share a sequence"
             )
-        if isinstance(self.data, ImageData):
+        if isinstance(self.data, ImageData) and isinstance(self.model, NFNetConfig):
+            labels = len(self.data.labels)
+            if labels and self.model.num_classes != labels:
+                raise ConfigError(
+                    f"{self.model.show('num_classes')} does not fit the {labels} labels of data.labels: {labels} is allowed"
+                )
             check_shared_images(self.data, self.mesh)
         check_remat(self.model, self.trainer)
         check_privacy(self)

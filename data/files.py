@@ -1,6 +1,8 @@
 """Files and folders, of this machine or of cloud storage."""
 
 import os
+import posixpath
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -25,6 +27,23 @@ def read_files(paths: list[str]) -> list[bytes | None]:
             raise content
     contents = (found[path.partition("://")[2]] for path in paths)
     return [None if isinstance(content, Exception) else content for content in contents]
+
+
+def files_below(folder: str, names: Iterable[str]) -> Iterable[bytes | None]:
+    """Contents in order, None for what cannot be read: of this machine one after the other, of cloud storage many at a time."""
+    paths = [f"{folder}/{name}" for name in names]
+    if "://" not in folder:
+        return map(content_of, paths)
+    roots = [path.partition("://") for path in paths]  # cloud storage knows no ..
+    return read_files([f"{scheme}://{posixpath.normpath(path)}" for scheme, _, path in roots])
+
+
+def content_of(file: str) -> bytes | None:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read()
+    except OSError:
+        return None
 
 
 def folder_sizes(folder: str) -> dict[str, int]:

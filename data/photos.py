@@ -12,12 +12,13 @@ from data.augment import crop_and_flip, rand_augment
 from data.bad_records import BadRecord, substituted, with_bad
 from data.dataset import Batch, DataError, Dataset, Origin, manifest_of
 from data.image_decoding import BadImage, decoded, for_evaluation, normalised, resized
-from data.image_sources import Content, ImageSource, open_source
+from data.image_sources import ImageSource, open_source
+from data.image_tables import Content, Label, Table
 from data.mixing import cut_mix, mix_up
 from data.order import ALGORITHM, example_at
 
 FORMAT = "photos-2"  # how images become batches: part of every manifest
-Photo = tuple[np.ndarray, int]  # uint8 (H W 3), label
+Photo = tuple[np.ndarray, Label]  # uint8 (H W 3), and what it shows
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def owners(self) -> np.ndarray | None:
+        """str [n]: the unit, such as a patient, that each image belongs to, where the source names them."""
+        owners = self.source.owners if isinstance(self.source, Table) else None
+        return None if owners is None else owners[self.numbers]
 
     def photos(self, indices: np.ndarray, bad: list[BadRecord]) -> Iterator[Photo]:
         """One after the other, int64 [n]. What cannot be used is added to `bad`, and another image stands for it."""
@@ -65,17 +72,25 @@ class TrainingPhotos:
     def __len__(self) -> int:
         return len(self.split)
 
+    @property
+    def units(self) -> np.ndarray | None:
+        """int64 [N], from 0 without gaps: whose each image is, such as a patient's; None where the source doesn't say."""
+        owners = self.split.owners
+        return None if owners is None else np.unique(owners, return_inverse=True)[1].astype(np.int64)
+
     def read(self, positions: np.ndarray) -> Batch:
-        """Images [B] by position, int64 [B]. Fields: images float32 [B, H, W, 3], normalised; labels int32 [B]; weights float32
-        [B]; where images are mixed also labels_b int32 [B], of the other image, and mix float32 [B], the share of `labels`."""
+        """Images [B] by position, int64 [B]. Fields: images float32 [B, H, W, 3], normalised; labels int32 [B], or of several
+        labels float32 [B, L]; weights float32 [B]; where images are mixed also labels_b, as labels, of the other image, and mix
+        float32 [B], the share of `labels`."""
         size, bad = self.config.image_size, list[BadRecord]()
         batch = {
             "images": np.empty((len(positions), size, size, 3), np.float32),
-            "labels": np.empty(len(positions), np.int32),
+            "labels": empty_labels(self.config, len(positions)),
             "weights": np.ones(len(positions), np.float32),
         }
         if self.config.mixes:
-            batch |= {"labels_b": np.empty(len(positions), np.int32), "mix": np.ones(len(positions), np.float32)}
+            other = {"labels_b": empty_labels(self.config, len(positions)), "mix": np.ones(len(positions), np.float32)}
+            batch |= other
         photos = self.split.photos(self.wanted(positions), bad)  # a decoded image is large: one at a time
         for place, position in enumerate(positions):
             rng = np.random.Generator(np.random.Philox(key=key_of(self.config.seed, int(position))))
@@ -136,7 +151,7 @@ class TrainingPhotos:
         if self.config.randaugment_layers:
             whole = np.clip(image, 0, 255).astype(np.uint8)  # cubic interpolation overshoots
             image = rand_augment(whole, self.config.randaugment_layers, self.config.randaugment_magnitude, rng)
-        normalised(image, out)
+        normalised(image, out, self.config.normalise)
 
     def origins(self, positions: np.ndarray) -> list[list[Origin]]:
         return [[self.split.source.origin(int(self.split.numbers[i]))] for i in self.indices(positions)]
@@ -145,26 +160,37 @@ class TrainingPhotos:
 @dataclass(frozen=True)
 class HeldOutPhotos:
     split: Split
-    size: int
+    config: ImageData
 
     def __len__(self) -> int:
         return len(self.split)
 
+    @property
+    def attributes(self) -> dict[str, np.ndarray]:
+        """By name str [N], such as each patient's sex: the subgroups that errors are compared between."""
+        found = self.split.source.attributes if isinstance(self.split.source, Table) else {}
+        return {name: values[self.split.numbers] for name, values in found.items()}
+
     def read(self, indices: np.ndarray) -> Batch:
-        """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, 3], normalised, labels int32 [B], weights float32 [B]."""
-        bad: list[BadRecord] = []
+        """Images [B] by number, int64 [B]. Fields: images float32 [B, H, W, 3], normalised, labels int32 [B], or of several labels
+        float32 [B, L], weights float32 [B]."""
+        size, bad = self.config.pixels_held_out, list[BadRecord]()
         batch = {
-            "images": np.empty((len(indices), self.size, self.size, 3), np.float32),
-            "labels": np.empty(len(indices), np.int32),
+            "images": np.empty((len(indices), size, size, 3), np.float32),
+            "labels": empty_labels(self.config, len(indices)),
             "weights": np.ones(len(indices), np.float32),
         }
         for place, (image, label) in enumerate(self.split.photos(indices, bad)):
-            normalised(for_evaluation(image, self.size), batch["images"][place])
+            normalised(for_evaluation(image, size), batch["images"][place], self.config.normalise)
             batch["labels"][place] = label
         return with_bad(batch, bad)
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
         return [[self.split.source.origin(int(self.split.numbers[i]))] for i in indices]
+
+
+def empty_labels(config: ImageData, rows: int) -> np.ndarray:
+    return np.empty((rows, len(config.labels)), np.float32) if config.labels else np.empty(rows, np.int32)
 
 
 def key_of(seed: int, position: int) -> tuple[int, int]:
@@ -183,11 +209,21 @@ def far_moves(config: ImageData) -> list[str]:
     ]
 
 
+def shared_owners(train: Split, held_out: Split) -> list[str]:
+    """A sentence, where both have images of the same unit."""
+    ours, theirs = train.owners, held_out.owners
+    if ours is None or theirs is None or not len(both := np.intersect1d(ours, theirs)):
+        return []
+    return [
+        f"{len(both):,} units ({both[0]}, ...) have training and held-out images: held-out metrics flatter the model"
+    ]
+
+
 def open_photos(config: ImageData) -> Dataset:
     """Raises DataError."""
-    source = open_source(config.source)
+    source = open_source(config.source, config.labels)
     if config.held_out_source:
-        other = open_source(config.held_out_source)
+        other = open_source(config.held_out_source, config.labels, source)
         if other.classes != source.classes:
             raise DataError(
                 f"{config.held_out_source} has {other.classes} classes, but {config.source} has {source.classes}"
@@ -202,7 +238,11 @@ def open_photos(config: ImageData) -> Dataset:
                 f"them held out and {int((~held).sum())} for training: both need one"
             )
     augmentation = ("augment", "randaugment_layers", "randaugment_magnitude", "mixup_alpha", "cutmix")
-    repeated = {"multiplicity": config.multiplicity} if config.multiplicity > 1 else {}  # older manifests have none
+    later = {  # what older manifests have none of
+        **({"multiplicity": config.multiplicity} if config.multiplicity > 1 else {}),
+        **({"labels": list(config.labels)} if config.labels else {}),
+        **({"normalise": config.normalise} if config.normalise != "imagenet" else {}),
+    }
     content = {
         "kind": config.kind,
         "format": FORMAT,
@@ -210,7 +250,7 @@ def open_photos(config: ImageData) -> Dataset:
         "images": [source.digest, other.digest, None if config.held_out_source else config.held_out],
         "image_size": [config.image_size, config.pixels_held_out],
         **{name: getattr(config, name) for name in augmentation},
-        **repeated,
+        **later,
         "needs": {"num_classes": source.classes, "channels": 3},
         "batch_size": config.batch_size,
     }
@@ -218,14 +258,15 @@ def open_photos(config: ImageData) -> Dataset:
     return Dataset(
         manifest=manifest_of(content, counts),
         train=TrainingPhotos(train, config),
-        held_out=HeldOutPhotos(rest, config.pixels_held_out),
+        held_out=HeldOutPhotos(rest, config),
         batch_size=config.batch_size,
         seed=config.seed,
         summary=(
-            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images of {source.classes:,} classes, "
-            f"{config.image_size} by {config.image_size} ({len(train) * config.multiplicity / config.batch_size:,.1f} steps of "
+            f"{config.source}: {len(train):,} training and {len(rest):,} held-out images of {source.classes:,} "
+            f"{'labels' if config.labels else 'classes'}, {config.image_size} by {config.image_size} ({len(train) * config.multiplicity / config.batch_size:,.1f} steps of "
             f"{config.batch_size} an epoch)",
             *far_moves(config),
+            *shared_owners(train, rest),
         ),
         skipped=[],
         shuffled=False,

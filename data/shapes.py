@@ -12,11 +12,12 @@ def batch_fields(config: DataConfig, held_out: bool = False) -> dict[str, Field]
     rows = config.batch_size
     if isinstance(config, ImageData):
         size = config.pixels_held_out if held_out else config.image_size
-        mixed: dict[str, Field] = {"labels_b": ((rows,), np.int32), "mix": ((rows,), np.float32)}
+        labels: Field = ((rows, len(config.labels)), np.float32) if config.labels else ((rows,), np.int32)
+        mixed: dict[str, Field] = {"labels_b": labels, "mix": ((rows,), np.float32)}
         return {
             **(mixed if config.mixes and not held_out else {}),
             "images": ((rows, size, size, config.channels), np.float32),
-            "labels": ((rows,), np.int32),
+            "labels": labels,
             "weights": ((rows,), np.float32),
         }
     row = (rows, config.sequence_length)

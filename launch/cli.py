@@ -149,7 +149,7 @@ def profile(argv: list[str]) -> int:
 
 
 def data(argv: list[str]) -> int:
-    """text into tokenised shards, and what is in them: data prepare SOURCE --to DIR, data inspect DIR, data verify DIR"""
+    """text into tokenised shards, and what is in them: data prepare SOURCE --to DIR, data inspect DIR, data verify DIR; data table"""
     from launch.data_commands import main
 
     return main(argv)

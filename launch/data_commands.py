@@ -1,4 +1,4 @@
-"""`podwright data prepare | inspect | verify`: text into tokenised shards, and what is in them."""
+"""`podwright data prepare | inspect | verify`: text into tokenised shards, and what is in them; and `data table`: images."""
 
 import json
 from typing import Any
@@ -10,6 +10,11 @@ PREPARE = """\
 podwright data prepare SOURCE --to DIR
 SOURCE: 'stdlib', a file, or a folder of texts, .jsonl (.gz, .zst), .parquet, .arrow (Hugging Face) or .array_record (TFDS)
 files; tables, lines and compressed files need the extra `data`. The same command goes on where one was killed."""
+
+TABLE = """\
+podwright data table chexpert|mimic SOURCE --to DIR
+SOURCE: the folder of a release, with CheXpert's train.csv or MIMIC-CXR-JPG's mimic-cxr-2.0.0-chexpert.csv and -metadata.csv
+in it. DIR gets tables for data.source, whose paths lead from there to the images; no patient is in two of them."""
 
 
 def prepare(argv: list[str]) -> int:
@@ -106,6 +111,26 @@ def verify(argv: list[str]) -> int:
     return 0
 
 
+def table(argv: list[str]) -> int:
+    from data.medical import SETS, write_tables
+
+    parser = Parser(prog="podwright data table", usage=TABLE)
+    parser.add_argument("set", choices=sorted(SETS))
+    parser.add_argument("source")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder for the tables, on this machine")
+    options = parser.parse_args(argv)
+    if "://" in options.source + options.to:
+        raise ConfigError(
+            "podwright data table reads and writes on this machine: its tables can be copied once they are made"
+        )
+    parts, left_out = write_tables(options.set, options.source, options.to)
+    say(*(f"{part:<12}{rows:,} images in {options.to}/{part}.csv" for part, rows in parts.items()))
+    if left_out:
+        say(f"left out    {left_out:,} images without labels")
+    say(f"train on it with: --data.source {options.to}/train.csv --data.held_out_source {options.to}/valid.csv")
+    return 0
+
+
 def say(*lines: str) -> None:
     for line in lines:
         print(line, flush=True)
@@ -131,7 +156,7 @@ def bench(argv: list[str]) -> int:
     return run(argv)
 
 
-COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify, "bench": bench}
+COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify, "table": table, "bench": bench}
 
 
 def main(argv: list[str]) -> int:

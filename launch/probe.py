@@ -31,6 +31,10 @@ def main(argv: list[str]) -> int:
     if not isinstance(config.model, NFNetConfig):
         raise ConfigError(f"{run} is a model of text: only image runs have features of images")
     resolved = override(config, f"run {run}", rest, {"step": "N"})
+    if getattr(resolved.config.data, "labels", ()):
+        raise ConfigError(
+            f"{resolved.config.data.show('labels')} cannot be probed: that tells one class an image apart"
+        )
     step = resolved.options.get("step")
     if step is not None and not step.isdecimal():
         raise ConfigError(f"--step {step} is not a step: a whole number is allowed")
@@ -111,7 +115,7 @@ def as_evaluated(train):
     """Training images as held-out ones are read."""
     from data.photos import HeldOutPhotos, TrainingPhotos
 
-    return HeldOutPhotos(train.split, train.config.pixels_held_out) if isinstance(train, TrainingPhotos) else train
+    return HeldOutPhotos(train.split, train.config) if isinstance(train, TrainingPhotos) else train
 
 
 def all_features(split, rows: int, program) -> tuple[np.ndarray, np.ndarray]:

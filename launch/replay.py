@@ -112,10 +112,12 @@ def of_documents(found: "Replay", options) -> list[str]:
 
 
 def images(found: "Replay") -> list[tuple[float, int, str, "Origin", None]]:
-    labels = found.batch["labels"]
+    labels, names = found.batch["labels"], getattr(found.config.data, "labels", ())
+    told = [f"label {label}" for label in labels]
+    if names:
+        told = [", ".join(name for name, y in zip(names, row, strict=True) if y > 0.5) or "no label" for row in labels]
     return [
-        (float(nats), 1, f"row {row}, label {labels[row]}", found.origins[row][0], None)
-        for row, nats in enumerate(found.nats)
+        (float(nats), 1, f"row {row}, {told[row]}", found.origins[row][0], None) for row, nats in enumerate(found.nats)
     ]
 
 

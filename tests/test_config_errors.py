@@ -124,7 +124,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, sentence):
             "model.bottleneck=0.5 of model.widths=(64, 96, 128, 128)",
         ),
         ("--model.window 8", "--model.window is a field of griffin and gemma, but model.kind is nfnet"),
-        ("--data.source mnist", "data.channels=1 does not fit data.source='mnist': colour images have 3"),
+        ("--data.source photos", "data.channels=1 does not fit data.source='photos': colour images have 3"),
     ],
 )
 def test_a_mistake_in_an_image_config_is_one_sentence(line, sentence):

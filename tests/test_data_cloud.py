@@ -159,7 +159,10 @@ def images(storage, tmp_path_factory):
         for i in range(12):
             (root / "folders" / name / f"{i:02}.jpg").write_bytes(encoded(picture(20 * label + i)))
     records(root / "folders", root / "records")
-    for kind in ("folders", "records"):
+    (root / "tables").mkdir()
+    rows = [f"../folders/{name}/{i:02}.jpg,{name},{i}" for name in CLASSES for i in range(12)]
+    (root / "tables" / "all.csv").write_text("\n".join(["path,label,unit", *rows]))
+    for kind in ("folders", "records", "tables"):
         storage.upload(root / kind, f"pictures/{kind}")
     return root
 
@@ -188,6 +191,7 @@ def local_images(source):
         ("folders", "reset"),
         ("records", 503),
         ("records", "cut"),
+        ("tables/all.csv", 503),
     ],
 )
 def test_images_are_those_of_a_local_copy_whatever_goes_wrong(kind, fault, images, storage):

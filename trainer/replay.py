@@ -25,7 +25,7 @@ from trainer.run_folder import changed_entries, read_manifest, read_metrics
 from trainer.saved import SavedSteps
 from trainer.step import State, mean_gradient
 from trainer.storage import folder_of
-from trainer.tasks import Task, cross_entropy, make_task, token_losses
+from trainer.tasks import Task, cross_entropy, make_task, token_losses, yes_or_no
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def losses(config: Config, model: Any, batch: dict[str, jax.Array]) -> jax.Array
     """-log p of each target, float32: (B T) of tokens, (B) of images; without dropout and smoothing."""
     if isinstance(config.data, ImageData):
         logits = model(batch["images"], dtype=jnp.dtype(config.trainer.compute_dtype), dropout_key=None)
+        if config.data.labels:
+            return jnp.mean(yes_or_no(logits, batch["labels"]), axis=-1)
         return cross_entropy(logits, batch["labels"])
     return token_losses(config, model, batch)[0]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import reshard
 
 from configs.schema import Config, ConfigError, ImageData, NFNetConfig
@@ -131,16 +132,24 @@ def recall(config: Config) -> Task:
 
 
 def image_classification(config: Config) -> Task:
-    """Classification with label smoothing and mixed labels; judged by the error rate on held-out images."""
+    """Classification with label smoothing and mixed labels; judged by the error rate on held-out images. Where several labels
+    may be true together, both are means over labels: loss over all, error rate and log loss over the evaluated ones."""
     family, data, finetune = FAMILIES[config.model.kind], config.data, config.finetune
     model_config = config.model
     assert isinstance(model_config, NFNetConfig)
     assert isinstance(data, ImageData)
     dtype = jnp.dtype(config.trainer.compute_dtype)
     normaliser = NORMALISERS[data.loss]
+    counted = np.array([name in (data.evaluated or data.labels) for name in data.labels], np.float32)
 
     def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         logits = model(batch["images"], dtype=dtype, dropout_key=key, remat=remat_of(config.trainer))
+        if data.labels:
+            targets = batch["labels"]
+            if data.mixes:
+                targets = batch["mix"][:, None] * targets + (1 - batch["mix"][:, None]) * batch["labels_b"]
+            mean = jnp.mean(yes_or_no(logits, targets))
+            return mean, {"loss": mean}
         hit = logit_of(logits, batch["labels"])
         if data.mixes:
             share = batch["mix"]
@@ -153,6 +162,13 @@ def image_classification(config: Config) -> Task:
     def evaluate(model, batch: Batch) -> Sums:
         logits = model(batch["images"], dtype=dtype, dropout_key=None)
         labels, weights = batch["labels"], batch["weights"]
+        if data.labels:
+            wrong = (logits > 0) != (reshard(labels, jax.typeof(logits).sharding.spec) > 0.5)
+            return {
+                "nats": jnp.sum(yes_or_no(logits, labels) @ counted / counted.sum() * weights),
+                "wrong": jnp.sum(wrong.astype(jnp.float32) @ counted / counted.sum() * weights),
+                "images": jnp.sum(weights),
+            }
         hit = logit_of(logits, labels)
         # The place of the label among the classes; of equal logits the earlier class is ahead, as argmax has it.
         classes = jnp.arange(logits.shape[-1])[None]
@@ -172,6 +188,8 @@ def image_classification(config: Config) -> Task:
 
     def summarise(sums: dict[str, Any]) -> dict[str, float]:
         count = max(sums["images"], 1.0)
+        if data.labels:
+            return {"error_rate": sums["wrong"] / count, "loss": sums["nats"] / count}
         top_5 = {"top_5_error": sums["wrong_5"] / count} if model_config.num_classes > 5 else {}
         return {
             "error_rate": sums["wrong"] / count,
@@ -210,6 +228,11 @@ NORMALISERS: dict[str, Callable[[jax.Array], jax.Array]] = {
         jax.nn.softplus(logits), axis=-1
     ),  # -sum y log s(z) + (1 - y) log s(-z), less y z
 }
+
+
+def yes_or_no(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-y log s(z) - (1 - y) log s(-z) of each label, with s the logistic function: (B L), (B L) -> (B L)."""
+    return jax.nn.softplus(logits) - reshard(targets, jax.typeof(logits).sharding.spec) * logits
 
 
 def confidence(logits: jax.Array, loss: str) -> jax.Array:

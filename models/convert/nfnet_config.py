@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs import EXPERIMENTS
+from configs.data_sections import PACKAGED
 from configs.schema import Config, ConfigError, ImageData, NFNetConfig
 from models.convert.nfnet import HAIKU
 from models.convert.tensors import ConversionError, Tensor
@@ -223,9 +224,9 @@ def _listed(value: Any) -> Any:
 def _preprocessing(config: Config, model: NFNetConfig) -> dict[str, Any]:
     data, channels = config.data, model.channels
     assert isinstance(data, ImageData)
-    # Colour images have ImageNet's mean and deviation (data/image_decoding.py); the ten digits run from -1 to 1.
-    digits = data.source == "digits" and model.num_classes == 10
-    mean, deviation = ([0.5] * 3,) * 2 if digits else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    # Colour images have ImageNet's mean and deviation (data/image_decoding.py), or run from -1 to 1, as digits do.
+    centred = data.normalise == "centred" or (data.source in PACKAGED and model.num_classes == 10)
+    mean, deviation = ([0.5] * 3,) * 2 if centred else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     return {
         "num_classes": model.num_classes,
         "input_size": [channels, data.image_size, data.image_size],
