@@ -91,7 +91,7 @@ def inputs(words: str) -> tuple[Any, ...]:
     config, rng = resolve(name, rest).config, np.random.default_rng(0)
     task = make_task(config)
     model = jax.jit(lambda key: task.init(key, rules_for(one_device_mesh()).spec))(jax.random.key(0))
-    batch = {}
+    batch: dict[str, np.ndarray] = {}
     for field, (shape, dtype) in batch_fields(config.data).items():
         shape = (UNITS * config.privacy.rows, *shape[1:])
         values = rng.normal(size=shape) if dtype == np.float32 else rng.integers(0, 10, shape)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import chat, gemma, griffin, image_studies, nfnet, studies
+from configs import chat, gemma, griffin, image_studies, nfnet, private, studies
 from configs.schema import Config
 
 RELEASED: dict[str, Callable[[], Config]] = {
@@ -25,4 +25,5 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **{f"{name}-chat": chat.chat(experiment) for name, experiment in {**TINY, **RELEASED}.items()},
     **studies.STUDIES,
     **image_studies.STUDIES,
+    **private.PRIVATE,
 }

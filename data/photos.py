@@ -108,7 +108,7 @@ class TrainingPhotos:
         size, bad = self.config.image_size, list[BadRecord]()
         batch = {
             "images": np.zeros((len(numbers), size, size, 3), np.float32),
-            "labels": np.zeros(len(numbers), np.int32),
+            "labels": np.zeros_like(empty_labels(self.config, len(numbers))),
             "weights": np.zeros(len(numbers), np.float32),
         }
         contents = self.split.encoded(numbers)
