@@ -11,7 +11,7 @@ from configs.overrides import resolve
 from configs.schema import ConfigError
 from configs.suggestions import perhaps
 from launch.studies import STUDIES
-from launch.studies.study import Study, new_figure
+from launch.studies.study import BESIDE, Study, new_figure
 
 DIVERGED = 5  # exit code
 USAGE = """\
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     figure = new_figure()
     runs = {config: folder / folder_name(config) for config in configs}
     for config, run in runs.items():
-        name, *own = config.split()
+        name, *own = config.replace(f"{BESIDE}/", f"{folder}/").split()
         command = ["train", name, "--run", str(run), *own, *overrides(rest)]
         print(f"\n$ {shlex.join(['podwright', *command])}", flush=True)
         code = subprocess.run([sys.executable, "-m", "launch", *command]).returncode
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
 
 
 def folder_name(words: str) -> str:
-    """`agc --optimizer.learning_rate 0.2` -> `agc-learning_rate-0.2`."""
-    return "-".join(word.rpartition(".")[2] if word.startswith("--") else word for word in words.split())
+    """`agc --optimizer.learning_rate 0.2` -> `agc-learning_rate-0.2`; of a folder the last name."""
+    return "-".join(word.rpartition("." if word.startswith("--") else "/")[2] for word in words.split())
 
 
 def overrides(argv: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, long_context, recall
+from launch.studies import agc, digits, long_context, private, recall
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -9,4 +9,5 @@ STUDIES: dict[str, Study] = {
     "induction": recall.INDUCTION,
     "agc": agc.STUDY,
     "digits": digits.STUDY,
+    "private": private.STUDY,
 }

@@ -9,6 +9,7 @@ from typing import Any
 from configs.schema import Config, ConfigError
 
 Figures = dict[str, Any]  # JSON-able
+BESIDE = "BESIDE"  # in the words of a study's run: the folder in which all of its runs are
 COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  # the same in every plot
 
 
