@@ -22,6 +22,7 @@ EXIT_CODES = {
     "StorageError": 4,
     "ConversionError": 4,
     "NumericsError": 5,
+    "GuaranteeError": 6,
     "SchedulerError": 69,
     "Preempted": 75,
     "AnotherHost": 76,
@@ -225,6 +226,13 @@ def fairness(argv: list[str]) -> int:
     return main(argv)
 
 
+def audit(argv: list[str]) -> int:
+    """a lower bound on the epsilon of an image run with canaries, and whether its claim can hold: audit RUN [--json FILE]"""
+    from launch.audit import main
+
+    return main(argv)
+
+
 def configs(argv: list[str]) -> int:
     """list the experiments"""
     from launch.config_commands import configs as run
@@ -265,6 +273,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": fit,
     "probe": probe,
     "fairness": fairness,
+    "audit": audit,
 }
 
 
