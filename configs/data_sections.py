@@ -210,7 +210,10 @@ class ImageData(Section):
     )
     label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, below=1, changes=_MATH)
     canaries: int = setting(
-        0, "training images that `podwright audit` guesses at: with a wrong label, and in by a coin", low=0, changes=_DATA
+        0,
+        "training images that `podwright audit` guesses at: with a wrong label, and in by a coin",
+        low=0,
+        changes=_DATA,
     )
     seed: int = setting(0, "order of the images, and their augmentation", low=0, changes=_DATA)
 

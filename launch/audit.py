@@ -52,7 +52,9 @@ class Audit:
             return [*lines, "the run claims no epsilon"]
         lines.append(f"claimed is {self.claimed:.4g}")
         if not self.broken:
-            lines.append("that is consistent with the claim, and proves nothing: what this attack misses another may find")
+            lines.append(
+                "that is consistent with the claim, and proves nothing: what this attack misses another may find"
+            )
         return lines
 
 
