@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -202,3 +203,46 @@ def test_mistakes_are_one_sentence(trained, tmp_path, capsys):
     (without / "config.json").write_text(json.dumps(config))
     (without / "data_manifest.json").write_text((trained / "data_manifest.json").read_text())
     assert "changed since it was trained (canaries)" in refused(capsys, ["audit", str(without)], 3)
+
+
+# --- the test that can fail -------------------------------------------------------------------------------------------
+
+FORGOTTEN = """
+import sys
+import trainer.private_gradient
+trainer.private_gradient.noised = lambda total, noise, key, task: total
+from launch.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def audited(run: pathlib.Path, program: list[str], *words: str) -> tuple[int, dict, str]:
+    """Exit code of the audit, its figures and complaints, of the config `audit` trained with these words."""
+    command = ["train", "audit", "--run", str(run), "--privacy.seed", "0", *words]
+    code, _, err = finish([sys.executable, *program, *command], timeout=1200)
+    assert code == 0, err
+    code, _, err = finish([sys.executable, "-m", "launch", "audit", str(run), "--json", str(run / "audit.json")])
+    return code, json.loads((run / "audit.json").read_text()), err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_private_training_shows_less_than_it_claims_and_without_noise_it_shows_more(tmp_path):
+    """Three trainings that differ in their noise alone. The last claims epsilon 2 and does not keep it."""
+    program = ["-m", "launch"]
+    code, private, _ = audited(tmp_path / "private", program, "--privacy.epsilon", "2")
+    assert code == 0
+    assert 1.9 < private["claimed"] <= 2
+    assert private["bound"] <= private["claimed"]
+    assert private["canaries"] == 200
+
+    words = ["--privacy.epsilon", "1e30", "--privacy.noise", "1e-6"]
+    code, silent, _ = audited(tmp_path / "silent", program, *words)
+    assert code == 0  # it claims nothing else
+    assert silent["bound"] > 1.25 * private["claimed"]
+
+    code, forgotten, err = audited(tmp_path / "forgotten", ["-c", FORGOTTEN], "--privacy.epsilon", "2")
+    assert code == 6
+    assert forgotten["claimed"] == private["claimed"]
+    assert forgotten["bound"] > 1.25 * forgotten["claimed"]
+    assert err.startswith("podwright: the guarantee does not hold")
