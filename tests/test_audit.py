@@ -136,7 +136,8 @@ def test_too_many_canaries_are_one_sentence():
 def trained(tmp_path_factory) -> pathlib.Path:
     """A run of a few steps on 101 canaries, which fill no batch."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    command = train_command("nfnet-tiny", run, "--eval.every", "0", "--trainer.steps", "3", "--data.canaries", "101")
+    words = "--eval.every 0 --trainer.steps 3 --data.canaries 101 --model.widths 32 --model.depths 1".split()
+    command = train_command("nfnet-tiny", run, *words)
     code, out, err = finish(command)
     assert code == 0, err
     assert "101 canaries, " in out
@@ -234,15 +235,15 @@ def test_private_training_shows_less_than_it_claims_and_without_noise_it_shows_m
     assert code == 0
     assert 1.9 < private["claimed"] <= 2
     assert private["bound"] <= private["claimed"]
-    assert private["canaries"] == 200
+    assert private["canaries"] == 300
 
     words = ["--privacy.epsilon", "1e30", "--privacy.noise", "1e-6"]
     code, silent, _ = audited(tmp_path / "silent", program, *words)
     assert code == 0  # it claims nothing else
-    assert silent["bound"] > 1.25 * private["claimed"]
+    assert silent["bound"] > 1.5 * private["claimed"]
 
     code, forgotten, err = audited(tmp_path / "forgotten", ["-c", FORGOTTEN], "--privacy.epsilon", "2")
     assert code == 6
     assert forgotten["claimed"] == private["claimed"]
-    assert forgotten["bound"] > 1.25 * forgotten["claimed"]
+    assert forgotten["bound"] > 1.5 * forgotten["claimed"]
     assert err.startswith("podwright: the guarantee does not hold")
