@@ -228,7 +228,17 @@ class ImageData(Section):
         changes=_MATH,
     )
     label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, below=1, changes=_MATH)
+    canaries: int = setting(
+        0,
+        "training images that `podwright audit` guesses at: with a wrong label, and in by a coin",
+        low=0,
+        changes=_DATA,
+    )
     seed: int = setting(0, "order of the images, and their augmentation", low=0, changes=_DATA)
+
+    @property
+    def augments(self) -> bool:
+        return self.augment != "none" or self.randaugment_layers > 0
 
     @property
     def mixes(self) -> bool:
@@ -283,6 +293,10 @@ class ImageData(Section):
         if self.loss != "sigmoid":
             raise ConfigError(
                 f"{self.show('loss')} is of one class an image, but any of {self.show('labels')} may be true: 'sigmoid' is allowed"
+            )
+        if self.canaries:
+            raise ConfigError(
+                f"{self.show('canaries')} have one wrong class each, and {self.show('labels')} none: 0 is allowed"
             )
         if self.label_smoothing:
             raise ConfigError(

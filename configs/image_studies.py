@@ -1,4 +1,5 @@
-"""The configs behind docs/studies on NFNets: clipping at large rates, rivals on digits, and a scaling law in miniature.
+"""The configs behind docs/studies on NFNets: clipping at large rates, rivals on digits, and a scaling law in miniature; and the
+one of docs/audit.md.
 
 The first line of a docstring is what `podwright configs` prints. launch/studies says which runs are made of them.
 """
@@ -7,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 from configs.nfnet import sgd
+from configs.privacy import PrivacyConfig
 from configs.schema import CheckpointConfig, Config, EvalConfig, ImageData, NFNetConfig, TrainerConfig
 
 SIZES = {"xs": (8, 1), "s": (16, 1), "m": (24, 1), "l": (32, 2)}  # channels of a group, blocks of the third stage
@@ -63,7 +65,24 @@ def scale(size: str) -> Callable[[], Config]:
     return experiment
 
 
+def audit() -> Config:
+    """NFNet of one block on 192 digits, 158 of them canaries, until it knows them by heart: what `podwright audit` is tried on."""
+    return Config(
+        name="audit",
+        model=NFNetConfig(widths=(32,), depths=(1,), head_width=64),
+        data=ImageData(batch_size=64, held_out=0.8, label_smoothing=0.0, canaries=300),
+        optimizer=dataclasses.replace(
+            sgd(64, warmup_steps=0, final_fraction=1.0), learning_rate=0.5, weight_decay=0.0, adaptive_clip=0.0
+        ),
+        trainer=TrainerConfig(steps=300, log_every=50),
+        checkpoint=CheckpointConfig(every=300),
+        eval=EvalConfig(every=0, batches=0),
+        privacy=PrivacyConfig(delta=1e-5, together=8),
+    )
+
+
 STUDIES = {
+    "audit": audit,
     "agc": agc,
     "digits-nfnet": digits,
     **{f"convnets-scale-{size}": scale(size) for size in SIZES},

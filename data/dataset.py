@@ -81,6 +81,7 @@ class Dataset:
     max_bad: float = 0.0  # share of the records read that may be unusable
     rows: np.ndarray | None = None  # which rows of a batch this host reads, ascending; None: all
     left_out: tuple[range, ...] = ()  # numbers of batches that no step uses, from 0, as left_out.merged gives them
+    canaries: Any = None  # of images, a data.canaries.Canaries
 
     @property
     def examples_per_epoch(self) -> int:

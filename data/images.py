@@ -12,6 +12,7 @@ import numpy as np
 
 from configs.data_sections import PACKAGED
 from configs.schema import ImageData
+from data.canaries import Canaries, draw
 from data.dataset import Batch, DataError, Dataset, Origin, is_held_out, manifest_of
 from data.order import ALGORITHM
 from data.packages import needed
@@ -94,23 +95,30 @@ def open_images(config: ImageData) -> Dataset:
             f"{config.source} has {len(labels)} images, but data.held_out={config.held_out:g} leaves "
             f"{int(held_out.sum())} of them held out and {int((~held_out).sum())} for training: both need one"
         )
-    train, rest = (
-        Images(pixels[part], labels[part], config.image_size, config.channels, np.flatnonzero(part), config.source, ink)
-        for part in (~held_out, held_out)
-    )
+    for_training, classes = np.flatnonzero(~held_out), int(labels.max()) + 1
+    canaries = draw(len(for_training), lambda place: f"{config.source}/{for_training[place]}", classes, config)
+    numbers, wrong = for_training[canaries.places], labels.copy()
+    wrong[numbers] = (labels[numbers] + canaries.shifts) % classes
+
+    def split(part: np.ndarray, labels: np.ndarray) -> Images:
+        return Images(pixels[part], labels[part], config.image_size, config.channels, part, config.source, ink)
+
+    train = split(for_training[canaries.kept(len(for_training))], wrong)
+    rest = split(np.flatnonzero(held_out), labels)
     content = {
         "kind": config.kind,
         "format": FORMAT,
         "order": ALGORITHM,
         "source": config.source,
         "image_size": config.image_size,
-        "needs": {"num_classes": int(labels.max()) + 1, "channels": config.channels},
+        "needs": {"num_classes": classes, "channels": config.channels},
         "batch_size": config.batch_size,
         "sha256": {
             "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
             "labels": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
             "held_out": hashlib.sha256(held_out.tobytes()).hexdigest(),
         },
+        **canaries.manifest,
     }
     counts = {"images": len(labels), "train_images": len(train), "held_out_images": len(rest), "skipped": 0}
     return Dataset(
@@ -123,8 +131,10 @@ def open_images(config: ImageData) -> Dataset:
             f"{config.source}: {len(train):,} training and {len(rest):,} held-out images, {side} by {side} resized to "
             f"{config.image_size} by {config.image_size} ({len(train) / config.batch_size:,.1f} steps of "
             f"{config.batch_size} an epoch)",
+            *canaries.told(),
         ),
         skipped=[],
+        canaries=Canaries(split(numbers, wrong), canaries.included, views=1),
     )
 
 

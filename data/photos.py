@@ -2,14 +2,15 @@
 comes from the seed and the position in the endless stream, so that neither hosts nor workers change a pixel."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from configs.schema import ImageData
 from data.augment import crop_and_flip, rand_augment
 from data.bad_records import BadRecord, substituted, with_bad
+from data.canaries import Canaries, draw
 from data.dataset import Batch, DataError, Dataset, Origin, manifest_of
 from data.image_decoding import BadImage, decoded, for_evaluation, normalised, resized
 from data.image_sources import ImageSource, open_source
@@ -18,6 +19,7 @@ from data.mixing import cut_mix, mix_up
 from data.order import ALGORITHM, example_at
 
 FORMAT = "photos-2"  # how images become batches: part of every manifest
+VIEWS = 8  # of a canary
 Photo = tuple[np.ndarray, Label]  # uint8 (H W 3), and what it shows
 
 
@@ -27,6 +29,7 @@ class Split:
 
     source: ImageSource
     numbers: np.ndarray  # int64 [n]: in the source
+    shifts: Mapping[int, int] = field(default_factory=dict)  # of the labels of canaries, by number in the source
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -36,6 +39,10 @@ class Split:
         """str [n]: the unit, such as a patient, that each image belongs to, where the source names them."""
         owners = self.source.owners if isinstance(self.source, Table) else None
         return None if owners is None else owners[self.numbers]
+
+    def name(self, index: int) -> str:
+        origin = self.source.origin(int(self.numbers[index]))
+        return f"{origin.source}/{origin.place}"
 
     def photos(self, indices: np.ndarray, bad: list[BadRecord]) -> Iterator[Photo]:
         """One after the other, int64 [n]. What cannot be used is added to `bad`, and another image stands for it."""
@@ -55,8 +62,9 @@ class Split:
     def photo(self, index: int, content: Content) -> Photo | BadRecord:
         if isinstance(content, BadRecord):
             return content
+        shift = self.shifts.get(int(self.numbers[index]), 0)
         try:
-            return decoded(content[0]), content[1]
+            return decoded(content[0]), (content[1] + shift) % self.source.classes if shift else content[1]
         except BadImage as why:
             origin = self.source.origin(int(self.numbers[index]))
             return BadRecord(origin.source, origin.place, str(why))
@@ -237,6 +245,11 @@ def open_photos(config: ImageData) -> Dataset:
                 f"{config.source} has {len(source)} images, but data.held_out={config.held_out:g} leaves {int(held.sum())} of "
                 f"them held out and {int((~held).sum())} for training: both need one"
             )
+    canaries = draw(len(train), train.name, source.classes, config)
+    numbers = train.numbers[canaries.places]
+    train = replace(train, shifts=dict(zip(numbers.tolist(), canaries.shifts.tolist(), strict=True)))
+    all_canaries = TrainingPhotos(replace(train, numbers=numbers), config)
+    train = replace(train, numbers=train.numbers[canaries.kept(len(train))])
     augmentation = ("augment", "randaugment_layers", "randaugment_magnitude", "mixup_alpha", "cutmix")
     later = {  # what older manifests have none of
         **({"multiplicity": config.multiplicity} if config.multiplicity > 1 else {}),
@@ -253,6 +266,7 @@ def open_photos(config: ImageData) -> Dataset:
         **later,
         "needs": {"num_classes": source.classes, "channels": 3},
         "batch_size": config.batch_size,
+        **canaries.manifest,
     }
     counts = {"images": len(source), "train_images": len(train), "held_out_images": len(rest), "skipped": 0}
     return Dataset(
@@ -267,8 +281,10 @@ def open_photos(config: ImageData) -> Dataset:
             f"{config.batch_size} an epoch)",
             *far_moves(config),
             *shared_owners(train, rest),
+            *canaries.told(),
         ),
         skipped=[],
+        canaries=Canaries(all_canaries, canaries.included, VIEWS if config.augments else 1),
         shuffled=False,
         workers=config.workers,
         max_bad=config.max_bad,

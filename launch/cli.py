@@ -22,6 +22,7 @@ EXIT_CODES = {
     "StorageError": 4,
     "ConversionError": 4,
     "NumericsError": 5,
+    "GuaranteeError": 6,
     "SchedulerError": 69,
     "Preempted": 75,
     "AnotherHost": 76,
@@ -232,6 +233,13 @@ def privacy(argv: list[str]) -> int:
     return main(argv)
 
 
+def audit(argv: list[str]) -> int:
+    """a lower bound on the epsilon of an image run with canaries, and whether its claim can hold: audit RUN [--json FILE]"""
+    from launch.audit import main
+
+    return main(argv)
+
+
 def configs(argv: list[str]) -> int:
     """list the experiments"""
     from launch.config_commands import configs as run
@@ -273,6 +281,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": probe,
     "fairness": fairness,
     "privacy": privacy,
+    "audit": audit,
 }
 
 

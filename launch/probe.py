@@ -107,7 +107,7 @@ def features(run: str, config: Config, step: int | None) -> tuple[int, dict[str,
 
 def plain(data: ImageData) -> ImageData:
     return dataclasses.replace(
-        data, augment="none", randaugment_layers=0, mixup_alpha=0.0, cutmix=False, multiplicity=1
+        data, augment="none", randaugment_layers=0, mixup_alpha=0.0, cutmix=False, multiplicity=1, canaries=0
     )
 
 
