@@ -47,7 +47,7 @@ class Images:
             "weights": np.ones(len(indices), np.float32),
         }
 
-    def views(self, numbers: np.ndarray, positions: np.ndarray) -> Batch:
+    def views(self, numbers: np.ndarray, draws: np.ndarray) -> Batch:
         """The same: nothing is augmented."""
         return self.read(numbers)
 

@@ -110,8 +110,8 @@ class TrainingPhotos:
             self.finish(image, rng, batch["images"][place])
         return with_bad(batch, bad)
 
-    def views(self, numbers: np.ndarray, positions: np.ndarray) -> Batch:
-        """Of private training: images [B] by number, augmented as the positions say; nothing stands for one that cannot be used,
+    def views(self, numbers: np.ndarray, draws: np.ndarray) -> Batch:
+        """Of private training: images [B] by number, augmented as the draws say; nothing stands for one that cannot be used,
         since another one's image would be in a batch without being drawn."""
         size, bad = self.config.image_size, list[BadRecord]()
         batch = {
@@ -125,7 +125,7 @@ class TrainingPhotos:
             if isinstance(photo, BadRecord):
                 bad.append(photo)
                 continue
-            rng = np.random.Generator(np.random.Philox(key=key_of(self.config.seed, int(positions[place]))))
+            rng = np.random.Generator(np.random.Philox(key=key_of(self.config.seed, int(draws[place]))))
             whole, batch["labels"][place] = photo
             self.finish(self.fitted(whole, rng), rng, batch["images"][place])
             batch["weights"][place] = 1

@@ -47,7 +47,7 @@ def spread(count: int) -> np.ndarray:
 class DrawnUnits:
     """A training split whose batches are drawn. Position p is row p % rows of step p // rows, as data.dataset counts."""
 
-    examples: Any  # with `views(numbers, positions)`: the rows of these examples, augmented as those positions say
+    examples: Any  # with `views(numbers, draws)`: the rows of these examples, augmented as those numbers say, int64 each
     starts: np.ndarray  # int64 [units + 1]: where the members of each unit begin
     members: np.ndarray  # int64 [examples]: numbers of the examples, unit by unit
     room: int  # units a batch
@@ -66,8 +66,9 @@ class DrawnUnits:
         some = (
             places if len(places) else np.zeros(1, np.int64)
         )  # of an empty batch one row is read, for its shape alone
-        found = self.examples.views(np.maximum(numbers[some], 0), positions[some])
-        batch = {FIELD: found.pop(FIELD)} if FIELD in found else {}
+        found = self.examples.views(np.maximum(numbers[some], 0), self.draws(positions[some]))
+        bad = found.pop(FIELD, None)
+        batch = {} if bad is None or not len(places) else {FIELD: bad}
         for name, rows in found.items():
             batch[name] = np.zeros((len(positions), *rows.shape[1:]), rows.dtype)
             batch[name][places] = rows[: len(places)]
@@ -87,6 +88,12 @@ class DrawnUnits:
                 at = here[slots == slot]
                 found[at] = self.of_unit(int(step), int(units[slot]))[views[slots == slot]]
         return found
+
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [b], of the secret: a unit more moves others to other positions, and who knew how they are augmented there
+        would see that it came."""
+        digests = (hashlib.sha256(f"podwright views {position} ".encode() + self.secret).digest() for position in positions)
+        return np.array([int.from_bytes(digest[:8], "little") >> 1 for digest in digests], np.int64)
 
     def of_unit(self, step: int, unit: int) -> np.ndarray:
         """int64 [K]: examples of a unit; some of them, drawn anew each step, where it has more."""
@@ -115,8 +122,8 @@ class Stretches:
     def __len__(self) -> int:
         return len(self.document)
 
-    def views(self, numbers: np.ndarray, positions: np.ndarray) -> Batch:
-        """Rows [B] by number, with the fields of data.text.Rows; nothing is random, so positions say nothing."""
+    def views(self, numbers: np.ndarray, draws: np.ndarray) -> Batch:
+        """Rows [B] by number, with the fields of data.text.Rows; nothing is random."""
         parts = []
         for i in numbers:
             at = self.rows.starts[self.document[i]] + self.first[i]

@@ -7,6 +7,7 @@ the log has, too: a killed run had done it, and a stopped one does it once more 
 
 import functools
 import hashlib
+import hmac
 import math
 import os
 import pathlib
@@ -34,9 +35,11 @@ PLACES = ("mesh", "processes")  # facts about a program that change the order of
 class Certificate:
     """Of one run, on every host; only the first has anything to compare with, and says it."""
 
-    def __init__(self, mesh: Mesh, seed: int, lowered: jax.stages.Lowered, say: Callable[[str], None]) -> None:
-        """`lowered` is the step before it is compiled."""
-        self.seed, self.say = seed, say
+    def __init__(
+        self, mesh: Mesh, seed: int, lowered: jax.stages.Lowered, say: Callable[[str], None], secret: bytes = b""
+    ) -> None:
+        """`lowered` is the step before it is compiled; with a secret a checkpoint's notes tell nobody else of its batch."""
+        self.seed, self.say, self.secret = seed, say, secret
         self.facts = facts(mesh, lowered)
         self._program: Callable | None = None
         self.then: dict[str, Any] = {}  # what the checkpoint notes
@@ -49,7 +52,7 @@ class Certificate:
             hosts.meet()
         rows, bits = jax.device_get(self._program(step, batch))
         return {
-            "data": {name: int(found) for name, found in rows.items()},
+            "data": {name: hidden(int(found), self.secret) for name, found in rows.items()},
             "RNG": list(map(int, bits)),
             "compiler": self.facts,
         }
@@ -109,6 +112,10 @@ class Certificate:
         more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
         of = f"batch of step {step}: " if name == "data" else ""
         return f" ({of}{', '.join(parts[:2])}{more})"
+
+
+def hidden(checksum: int, secret: bytes) -> int | str:
+    return hmac.digest(secret, str(checksum).encode(), "sha256").hex()[:16] if secret else checksum
 
 
 def equal(now: float, logged: float | None) -> bool:

@@ -166,7 +166,8 @@ def train_in_phases(
             step_program = compiled(lowered)
             reporter.say(compiled_in(step_program, time.perf_counter() - lowering))
             hosts.meet()
-            certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say)
+            secret = privacy.secret if privacy else b""
+            certificate = Certificate(mesh, config.trainer.seed, lowered, reporter.say, secret)
             if start:
                 now = certificate.noted(state.step, place(batch_of(data, start)))
                 logged_next = next_logged(folder.path, start) if hosts.first() else None

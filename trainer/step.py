@@ -84,8 +84,9 @@ def train_step(
         gradient, metrics = find(one, at)
     else:
         assert state.noise is not None
-        noise_key = jax.random.fold_in(jax.random.wrap_key_data(state.noise), state.step)
-        gradient, metrics = private(task, at, batch, key, noise_key)
+        # Dropout's key is a secret, too: a unit more moves others to other places, whose bits must not be known in advance.
+        secret = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.noise), state.step))
+        gradient, metrics = private(task, at, batch, secret[0], secret[1])
     norm = optax.tree.norm(gradient)
     metrics |= {"grad_norm": norm}
     bad, recent = ~jnp.isfinite(norm), None

@@ -156,7 +156,12 @@ def image_classification(config: Config) -> Task:
             hit = share * hit + (1 - share) * logit_of(logits, batch["labels_b"])
         smooth = data.label_smoothing
         expected = (1 - smooth) * hit + smooth * jnp.mean(logits, axis=-1)
-        mean = jnp.mean(normaliser(logits) - expected)
+        lost = normaliser(logits) - expected
+        if config.privacy.epsilon:  # whose images that cannot be used have no other in their place
+            weights = batch["weights"]
+            mean = jnp.sum(weights * lost) / jnp.maximum(jnp.sum(weights), 1.0)
+        else:
+            mean = jnp.mean(lost)
         return mean, {"loss": mean}
 
     def evaluate(model, batch: Batch) -> Sums:
