@@ -242,7 +242,9 @@ def test_language_models_train_privately_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_processes_train_as_one_does(tmp_path):
-    words = f"{TINY} {PRIVATE} --privacy.epsilon 8 --privacy.noise {NOISE} --trainer.steps 3 --mesh.data 2 --mesh.fsdp 2"
+    words = (
+        f"{TINY} {PRIVATE} --privacy.epsilon 8 --privacy.noise {NOISE} --trainer.steps 3 --mesh.data 2 --mesh.fsdp 2"
+    )
     code, _, err = finish(
         train_command("nfnet-tiny", tmp_path / "one", "--mesh.simulated_devices", "4", *words.split())
     )

@@ -261,7 +261,9 @@ def broken(tmp_path_factory):
 
 def test_nobody_stands_for_an_image_that_cannot_be_used(broken, tmp_path):
     """Drawn with a probability of 1, all are there; two without weight, which are reported."""
-    words = f"{IMAGES} --model.num_classes 2 --data.source {broken} --data.held_out_source {broken} --data.batch_size 24"
+    words = (
+        f"{IMAGES} --model.num_classes 2 --data.source {broken} --data.held_out_source {broken} --data.batch_size 24"
+    )
     privacy, data = opened(tmp_path, "nfnet-tiny", f"{words} --data.augment crop --privacy.rows 2")
     assert privacy.rate == 1
     for step in range(3):

@@ -1,5 +1,6 @@
 """What each device finds by itself, with whole parameters and its own rows of a batch, before all add it up."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,13 @@ from trainer.tasks import Batch, Task
 
 
 def summed_over_devices(
-    one: Callable[[Any, Batch, jax.Array, tuple[str, ...]], tuple[Any, Any]],
+    one: Callable[..., tuple[Any, Any]],
     task: Task,
     model: Any,
     batch: Batch,
     key: jax.Array,
 ) -> tuple[Any, Any]:
-    """`one(model, own rows, key, axes of the devices)` returns what is like the model, and anything else: already summed over
+    """`one(model, own rows, key, devices=axes)` returns what is like the model, and anything else: already summed over
     those axes. The first comes back divided over the devices as the model is."""
     devices = axes_of(jax.typeof(batch["weights"]).sharding.spec[0])
     # The same model, told that nothing of it is divided.
@@ -25,14 +26,12 @@ def summed_over_devices(
     leaves, structure = jax.tree.flatten(model)
     everywhere = jax.tree.unflatten(jax.tree.structure(like), [reshard(leaf, PartitionSpec()) for leaf in leaves])
     rows = PartitionSpec(devices)
-
-    def on_device(model: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
-        return one(model, batch, key, devices)
-
-    # Unchecked, as language models have parts within that forget what differs between devices: `one` sums by itself.
-
+    # Unchecked, as language models have parts that forget what differs between devices; `one` sums by itself.
     found, rest = jax.shard_map(
-        on_device, in_specs=(PartitionSpec(), rows, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False
+        functools.partial(one, devices=devices),
+        in_specs=(PartitionSpec(), rows, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
     )(everywhere, batch, key)
     stored = [
         reshard(leaf, jax.typeof(old).sharding.spec) for leaf, old in zip(jax.tree.leaves(found), leaves, strict=True)

@@ -148,7 +148,7 @@ def image_classification(config: Config) -> Task:
             targets = batch["labels"]
             if data.mixes:
                 targets = batch["mix"][:, None] * targets + (1 - batch["mix"][:, None]) * batch["labels_b"]
-            mean = jnp.mean(yes_or_no(logits, targets))
+            mean = mean_of(jnp.mean(yes_or_no(logits, targets), axis=-1), batch)
             return mean, {"loss": mean}
         hit = logit_of(logits, batch["labels"])
         if data.mixes:
@@ -156,13 +156,14 @@ def image_classification(config: Config) -> Task:
             hit = share * hit + (1 - share) * logit_of(logits, batch["labels_b"])
         smooth = data.label_smoothing
         expected = (1 - smooth) * hit + smooth * jnp.mean(logits, axis=-1)
-        lost = normaliser(logits) - expected
-        if config.privacy.epsilon:  # whose images that cannot be used have no other in their place
-            weights = batch["weights"]
-            mean = jnp.sum(weights * lost) / jnp.maximum(jnp.sum(weights), 1.0)
-        else:
-            mean = jnp.mean(lost)
+        mean = mean_of(normaliser(logits) - expected, batch)
         return mean, {"loss": mean}
+
+    def mean_of(lost: jax.Array, batch: Batch) -> jax.Array:
+        if not config.privacy.epsilon:
+            return jnp.mean(lost)
+        weights = batch["weights"]  # of a private run images that cannot be used have no other in their place
+        return jnp.sum(weights * lost) / jnp.maximum(jnp.sum(weights), 1.0)
 
     def evaluate(model, batch: Batch) -> Sums:
         logits = model(batch["images"], dtype=dtype, dropout_key=None)
