@@ -136,7 +136,18 @@ def test_too_many_canaries_are_one_sentence():
 def trained(tmp_path_factory) -> pathlib.Path:
     """A run of a few steps on 101 canaries, which fill no batch."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    words = ["--eval.every", "0", "--trainer.steps", "3", "--data.canaries", "101", "--model.widths", "32", "--model.depths", "1"]
+    words = [
+        "--eval.every",
+        "0",
+        "--trainer.steps",
+        "3",
+        "--data.canaries",
+        "101",
+        "--model.widths",
+        "32",
+        "--model.depths",
+        "1",
+    ]
     command = train_command("nfnet-tiny", run, *words)
     code, out, err = finish(command)
     assert code == 0, err
