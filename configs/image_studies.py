@@ -66,7 +66,7 @@ def scale(size: str) -> Callable[[], Config]:
 
 
 def audit() -> Config:
-    """NFNet of one block on 192 digits, 158 of them canaries, until it knows them by heart: what `podwright audit` is tried on."""
+    """NFNet of one block on 192 digits, 158 of them canaries, until it knows them by heart: for `podwright audit`."""
     return Config(
         name="audit",
         model=NFNetConfig(widths=(32,), depths=(1,), head_width=64),

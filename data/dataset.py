@@ -71,7 +71,7 @@ class Dataset:
     held_out: Examples
     batch_size: int  # rows a step over all hosts
     seed: int
-    summary: tuple[str, ...]  # what was found, at most three lines
+    summary: tuple[str, ...]  # what was found, a few lines
     skipped: list[tuple[str, str]]  # (path, or file:line of a record, reason), in that order
     unit: str = "file"  # what is skipped
     shuffled: bool = True  # `train` is read in the order of data.order; False: by position, it has an order of its own

@@ -240,7 +240,7 @@ def audited(run: pathlib.Path, program: list[str], *words: str) -> tuple[int, di
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_private_training_shows_less_than_it_claims_and_without_noise_it_shows_more(tmp_path):
-    """Three trainings that differ in their noise alone. The last claims epsilon 2 and does not keep it."""
+    """Trainings that differ in their noise alone. The last claims epsilon 2 and does not keep it."""
     program = ["-m", "launch"]
     code, private, _ = audited(tmp_path / "private", program, "--privacy.epsilon", "2")
     assert code == 0
@@ -258,3 +258,13 @@ def test_private_training_shows_less_than_it_claims_and_without_noise_it_shows_m
     assert forgotten["claimed"] == private["claimed"]
     assert forgotten["bound"] > 1.5 * forgotten["claimed"]
     assert err.startswith("podwright: the guarantee does not hold")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_private_training_shows_less_than_it_claims_where_noise_does_not_drown_the_model(tmp_path):
+    """At a learning rate so low that guesses are better than coins."""
+    words = ["--privacy.epsilon", "2", "--optimizer.learning_rate", "0.005"]
+    code, private, _ = audited(tmp_path / "run", ["-m", "launch"], *words)
+    assert code == 0
+    assert private["bound"] <= private["claimed"] <= 2

@@ -18,14 +18,14 @@ COMMAND_LINES = [
     ("--learning_rate 3", "--learning_rate is not a field, perhaps --optimizer.learning_rate"),
     ("--learnin_rate=3", "--learnin_rate is not a field, perhaps --optimizer.learning_rate"),
     ("--optimizer.lr 3", "--optimizer.lr is not a field, perhaps --optimizer.learning_rate"),
-    ("--seed 3", "--seed is not a field, perhaps --data.seed or --trainer.seed"),
+    ("--seed 3", "--seed is not a field, perhaps --data.seed or --trainer.seed or --privacy.seed"),
     ("--tainer.seed 3", "--tainer.seed is not a field, perhaps --trainer.seed"),
     ("--rnu here", "--rnu is not a field, perhaps --run"),
     ("--eval.qqq 3", "--eval.qqq is not a field, eval has every, batches"),
     (
         "--qqq.xyz 3",
-        "--qqq.xyz is not a field, the sections are model, data, optimizer, finetune, distill, mesh, checkpoint, trainer, guard, eval, "
-        "watchdog",
+        "--qqq.xyz is not a field, the sections are model, data, optimizer, finetune, distill, mesh, checkpoint, trainer, guard, "
+        "privacy, eval, watchdog",
     ),
     ("--eval 3", "--eval is a section, --eval.FIELD sets one of its fields every, batches"),
     ("--model.head_dim 64", "--model.head_dim is a field of gemma, but model.kind is griffin"),
