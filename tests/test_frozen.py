@@ -90,5 +90,5 @@ def test_a_place_that_is_not_there_is_told_with_the_nearest():
     check_learns(("head/kernel", "stem"), model)
     with pytest.raises(ConfigError, match=r"finetune.learns=heat has no parameter in 'heat', perhaps head"):
         check_learns(("heat",), model)
-    with pytest.raises(ConfigError, match="contradicts finetune.lora_rank=4"):
-        resolve("griffin-tiny", "--finetune.learns embedding --finetune.lora_rank 4".split())
+    with pytest.raises(ConfigError, match=r"contradicts finetune\.lora_rank=4"):
+        resolve("griffin-tiny", ["--finetune.learns", "embedding", "--finetune.lora_rank", "4"])

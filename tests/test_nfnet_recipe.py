@@ -232,9 +232,12 @@ def test_microbatches_climb_to_the_same_place(one_device):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["nfnet-f0", "nfnet-f0-finetune"])
+@pytest.mark.parametrize(
+    "name", ["nfnet-f0", "nfnet-f0-finetune", "nfnet-f3-imagenet-private", "nfnet-f3-chexpert-private"]
+)
 def test_a_published_step_fits_together_on_a_pod(name):
-    """Shapes and shardings of 64 chips, none of them there; the second climbs with parameters that are whole on each."""
+    """Shapes and shardings of 64 chips, none of them there; the second climbs with parameters that are whole on each, the others find
+    the gradients of units with them."""
     config = EXPERIMENTS[name]()
     mesh = abstract_mesh(config.mesh, 64)
     with jax.sharding.use_abstract_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # optax's cosine wants that

@@ -9,6 +9,7 @@ from dp_accounting import pld
 from runs import finish, train_command
 
 from launch.cli import main
+from trainer.run_folder import read_metrics
 
 SMALL = "--model.stem_widths 8,8,8,16 --model.widths 32,32 --model.depths 1,1 --model.head_width 32"
 PRIVATE = f"{SMALL} --optimizer.adaptive_clip 0 --optimizer.clip_norm 0 --eval.every 0 --checkpoint.every 2 --finetune.learns head"
@@ -45,8 +46,9 @@ def test_figures_are_those_of_dp_accounting_for_what_the_run_did(run, capsys):
     assert "of step 4 of" in said
     assert "any one image of the 1,423 in the training data" in said
     assert "WARNING" not in said
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])
-    assert last["epsilon"] <= 5
+    logged = [record["epsilon"] for record in read_metrics(run, "train").values()]
+    assert logged == sorted(logged)
+    assert 0 < logged[0] < logged[-1] <= 5
 
 
 @pytest.mark.multiprocess

@@ -57,7 +57,8 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh, noise: f
         state = dataclasses.replace(state, recent=concrete(values, mesh))
     trainer, private = config.trainer, None
     if config.privacy.epsilon:
-        state = dataclasses.replace(state, noise=concrete(jax.ShapeDtypeStruct((2,), jnp.uint32), mesh))
+        everywhere = NamedSharding(mesh, spec(None))
+        state = dataclasses.replace(state, noise=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere))
         private = functools.partial(private_mean, config.privacy, noise, config.data.batch_size)
     step = functools.partial(
         train_step,
