@@ -47,7 +47,9 @@ def spread(count: int) -> np.ndarray:
 class DrawnUnits:
     """A training split whose batches are drawn. Position p is row p % rows of step p // rows, as data.dataset counts."""
 
-    examples: Any  # with `views(numbers, draws)`: the rows of these examples, augmented as those numbers say, int64 each
+    examples: (
+        Any  # with `views(numbers, draws)`: the rows of these examples, augmented as those numbers say, int64 each
+    )
     starts: np.ndarray  # int64 [units + 1]: where the members of each unit begin
     members: np.ndarray  # int64 [examples]: numbers of the examples, unit by unit
     room: int  # units a batch
@@ -92,7 +94,9 @@ class DrawnUnits:
     def draws(self, positions: np.ndarray) -> np.ndarray:
         """int64 [b], of the secret: a unit more moves others to other positions, and who knew how they are augmented there
         would see that it came."""
-        digests = (hashlib.sha256(f"podwright views {position} ".encode() + self.secret).digest() for position in positions)
+        digests = (
+            hashlib.sha256(f"podwright views {position} ".encode() + self.secret).digest() for position in positions
+        )
         return np.array([int.from_bytes(digest[:8], "little") >> 1 for digest in digests], np.int64)
 
     def of_unit(self, step: int, unit: int) -> np.ndarray:

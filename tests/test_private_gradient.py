@@ -91,7 +91,9 @@ def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, 
     return {name: a[name].astype(np.float64) - b[name] for name in a}
 
 
-def gradients_of_units(task: Task, model, batch: dict[str, np.ndarray], rows: int) -> list[dict[str, np.ndarray] | None]:
+def gradients_of_units(
+    task: Task, model, batch: dict[str, np.ndarray], rows: int
+) -> list[dict[str, np.ndarray] | None]:
     """One after the other, None for places without a unit."""
 
     @jax.jit
