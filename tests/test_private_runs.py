@@ -15,16 +15,17 @@ from test_hosts import launch_command
 
 from configs.overrides import resolve
 from data import open_data
+from launch.cli import main
 from sharding.mesh import one_device_mesh
 from trainer.checksums import checksum
-from trainer.privacy import open_privacy
+from trainer.privacy import Budget, Privacy, open_privacy
 from trainer.run_folder import RunFolder, read_metrics
 
 dp_accounting = pytest.importorskip("dp_accounting")
 
 UNITS, BATCH, DELTA = 1423, 8, 1e-5  # of the digits
 TINY = "--model.widths 16 --model.depths 1 --model.stem_widths 4,4,4,8 --model.group_width 4 --model.head_width 16 "
-TINY += "--data.image_size 8 --optimizer.adaptive_clip 0 --optimizer.warmup_steps 1"
+TINY += "--data.image_size 8 --optimizer.adaptive_clip 0 --optimizer.warmup_steps 1 --optimizer.schedule constant"
 PRIVATE = f"--privacy.delta {DELTA} --privacy.seed 5"
 
 
@@ -59,9 +60,15 @@ def whole_words() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> pathlib.Path:
+def cache(tmp_path_factory) -> str:
+    """Most of a short run is compilation."""
+    return f"--trainer.compilation_cache {tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache) -> pathlib.Path:
     run = tmp_path_factory.mktemp("private") / "run"
-    code, out, err = finish(command(run, *whole_words()))
+    code, out, err = finish(command(run, *whole_words(), cache))
     assert code == 0, out + err
     return run
 
@@ -120,13 +127,13 @@ def test_a_checkpoint_knows_what_was_spent_and_nothing_of_its_batch(trained, tmp
 
 
 @pytest.mark.multiprocess
-def test_a_killed_run_continues_bit_for_bit(trained, tmp_path):
+def test_a_killed_run_continues_bit_for_bit(trained, cache, tmp_path):
     """The same units, the same noise; and no step is counted twice or forgotten."""
     run = tmp_path / "run"
-    process = start(command(run, *whole_words()))
+    process = start(command(run, *whole_words(), cache))
     signal_at(process, run, 8, signal.SIGKILL, kind="save")
     process.communicate()
-    code, out, err = finish(command(run, *whole_words()))
+    code, out, err = finish(command(run, *whole_words(), cache))
     assert code == 0, err
     at = next(step for step in (4, 8, 12) if f"resumed from step {step}" in out)
     if at < STEPS:
@@ -171,12 +178,43 @@ def test_a_secret_is_drawn_once_and_kept(tmp_path):
 # --- the budget ---------------------------------------------------------------------------------------------------------------
 
 
+def test_a_budget_counts_what_earlier_attempts_spent():
+    """Of other noise and rates, too. 7 steps are within it, and the eighth is not."""
+    noise, last = 0.5, 7
+    epsilon = (spent(last, noise) + spent(last + 1, noise)) / 2
+    privacy = Privacy(epsilon, DELTA, DELTA, UNITS, BATCH, noise, b"", True)
+    first = Budget(privacy, 0, 4, {})
+    assert first.last == 4
+    again = Budget(privacy, 4, 20, first.meta(4))
+    assert again.last == last
+    for step in range(5, last + 1):
+        assert again.epsilon(step) == pytest.approx(spent(step, noise), rel=1e-4)
+    assert [stretch["steps"] for stretch in again.meta(last)["privacy"]["stretches"]] == [4, 3]
+    assert Budget(privacy, last, 30, again.meta(last)).last == last
+    assert Budget(privacy, 5, 30, again.meta(5)).last == last
+
+    before = {"steps": 5, "rate": 0.02, "noise": 0.9}
+    other = Budget(privacy, 5, 7, {"privacy": {"stretches": [before]}})
+    assert other.last == 7
+    accountant = dp_accounting.pld.PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-4
+    )
+    for steps, rate, multiplier in ((5, 0.02, 0.9), (2, BATCH / UNITS, noise)):
+        step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(multiplier))
+        accountant.compose(step, steps)
+    assert other.epsilon(7) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.multiprocess
-def test_no_step_exceeds_the_budget_however_often_a_run_is_started(tmp_path):
+def test_no_step_exceeds_the_budget_however_often_a_run_is_started(tmp_path, cache, capsys):
     """7 steps are within it, and the eighth is not; 4 of them are taken first. Logs what is asked for, too."""
     run, noise, last = tmp_path / "run", 0.5, 7
     epsilon = (spent(last, noise) + spent(last + 1, noise)) / 2
-    words = [f"--privacy.epsilon {epsilon} --privacy.noise {noise} --checkpoint.every 2 --privacy.log_private true"]
+    words = [
+        f"--privacy.epsilon {epsilon} --privacy.noise {noise} --checkpoint.every 2 --privacy.log_private true",
+        cache,
+    ]
     code, out, err = finish(command(run, *words, "--trainer.steps 4"))
     assert code == 0, err
     assert "the budget ends" not in out
@@ -198,9 +236,8 @@ def test_no_step_exceeds_the_budget_however_often_a_run_is_started(tmp_path):
     ]
     before = saved_arrays(run, last)
     for again in (("--trainer.steps 20",), ("--trainer.steps 30", "--allow trainer.steps")):
-        code, out, err = finish(command(run, *words, *again))
-        assert code == 0, err
-        assert f"nothing to do: {run} already holds step {last} of {last}" in out
+        assert main(command(run, *words, *again)[3:]) == 0
+        assert f"nothing to do: {run} already holds step {last} of {last}" in capsys.readouterr().out
     assert list(read_metrics(run, "train")) == list(range(1, last + 1))
     after = saved_arrays(run, last)
     assert all(np.array_equal(after[name], value) for name, value in before.items())
@@ -348,9 +385,7 @@ def test_a_run_without_its_secret_does_not_go_on(trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "privacy.secret").unlink()
-    said = refused(
-        capsys, command(run, *whole_words(), "--trainer.steps 20 --allow trainer.steps --mesh.data 1")[3:], code=4
-    )
+    said = refused(capsys, command(run, *whole_words(), "--trainer.steps 20 --allow trainer.steps")[3:], code=4)
     assert said.startswith(
         f"{run / 'privacy.secret'} is gone, without which this run cannot draw its noise and its batches as before: bring it "
         f"back, or give a new --run"

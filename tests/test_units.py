@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_whoever_is_drawn_is_in_the_batch_once_with_rows_of_its_own(tmp_path):
 
 
 def test_numbers_of_units_that_are_drawn_are_binomial(tmp_path):
-    _, data, owners = patients(tmp_path, rows=1)
+    _, data, _ = patients(tmp_path, rows=1)
     found = np.array([np.count_nonzero(data.train_batch(step)["weights"]) for step in range(300)])
     assert stats.binomtest(int(found.sum()), 300 * 80, 0.2).pvalue > 1e-3
     spreads = np.sum((found - 16) ** 2) / (80 * 0.2 * 0.8)
@@ -175,7 +176,7 @@ def test_who_was_drawn_is_not_told(tmp_path):
 def test_members_are_found_by_unit_whatever_units_are_called():
     units = np.array([70, 2, 70, 900, 2, 2])
     starts, members = by_unit(units)
-    groups = [set(members[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    groups = [set(members[a:b]) for a, b in itertools.pairwise(starts)]
     assert groups == [{1, 4, 5}, {0, 2}, {3}]
 
 
