@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from trainer.privacy import opened, promise_of
 from trainer.run_folder import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,6 +24,11 @@ SMALL = {
     "nfnet-tiny": "--model.widths 32,32 --model.depths 1,2 --model.head_width 32 --model.dropout 0.1 "
     "--model.stochastic_depth 0.1",
 }
+
+
+def open_privacy(config, mesh, data, folder):
+    """Privacy and drawn data as a run in this RunFolder on one host has them."""
+    return opened(config, mesh, data, promise_of(config, data, folder))
 
 
 def train_command(name: str, run: pathlib.Path, *overrides: str) -> list[str]:

@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import finish, saved_arrays, signal_at, start, train_command
+from runs import finish, open_privacy, saved_arrays, signal_at, start, train_command
 from test_bad_input import refused
 from test_hosts import launch_command
 
@@ -18,7 +18,7 @@ from data import open_data
 from launch.cli import main
 from sharding.mesh import one_device_mesh
 from trainer.checksums import checksum
-from trainer.privacy import Budget, Privacy, open_privacy
+from trainer.privacy import Budget, Privacy
 from trainer.run_folder import RunFolder, read_metrics
 
 dp_accounting = pytest.importorskip("dp_accounting")

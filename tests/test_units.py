@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from pictures import encoded, picture
+from runs import open_privacy
 from scipy import stats
 
 from configs.overrides import resolve
@@ -16,7 +17,7 @@ from data.dataset import DataError, Dataset
 from data.poisson import drawn
 from data.units import OVERFLOW, DrawnUnits, by_unit, most_units, spread
 from sharding.mesh import one_device_mesh
-from trainer.privacy import Privacy, open_privacy
+from trainer.privacy import Privacy
 from trainer.run_folder import RunFolder
 
 PRIVATE = "--privacy.epsilon 8 --privacy.delta 1e-5 --privacy.noise 1 --privacy.seed 3"

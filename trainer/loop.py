@@ -31,7 +31,7 @@ from trainer.metrics import Reporter
 from trainer.offload import check_host_memory
 from trainer.phases import COMPILE, DATA_WAIT, EVAL, RESTORE, SAVE, STEP, Phases
 from trainer.preflight import check_data, check_hosts, check_program, code_hash
-from trainer.privacy import Budget, open_privacy, with_noise
+from trainer.privacy import Budget, opened, promise_of, with_noise
 from trainer.profiling import StepProfiler
 from trainer.program import make_program
 from trainer.replay import batch_of
@@ -86,13 +86,15 @@ def train_in_phases(
         check_host_memory(config, mesh)
         data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
         check_fits(config, data.manifest)
-        privacy = None
-        if config.privacy.epsilon:
-            privacy, data = open_privacy(config, mesh, data, folder)
-        folder.check_data(data.manifest, allowed="data" in allow)
+        promise = promise_of(config, data, folder) if config.privacy.epsilon else None
         rollbacks = read_rollbacks(folder.path) if hosts.first() else []
+    promise, rollbacks = hosts.from_first([promise, rollbacks])
+    privacy = None
+    if promise:
+        privacy, data = opened(config, mesh, data, promise)
+    with hosts.together():
+        folder.check_data(data.manifest, allowed="data" in allow)
     check_data(data.manifest)
-    rollbacks = hosts.from_first(rollbacks)
     data = without_left_out(data, config.guard, rollbacks)
 
     task = make_task(config)

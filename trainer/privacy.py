@@ -75,25 +75,33 @@ def laid_out(config: Config, mesh: Mesh | AbstractMesh) -> DataConfig:
     return dataclasses.replace(data, batch_size=privacy.rows * most_units(data.batch_size, multiple))
 
 
-def open_privacy(config: Config, mesh: Mesh, data: Dataset, folder: RunFolder) -> tuple[Privacy, Dataset]:
-    """The promise of a run, made anew or as it was, and its data drawn by it. Raises ConfigError, StorageError."""
-    settings, rows = config.privacy, config.data.batch_size
-    examples, units = units_of(config, data)
-    starts, members = by_unit(units)
-    number = len(starts) - 1
+def promise_of(config: Config, data: Dataset, folder: RunFolder) -> tuple[str, float] | None:
+    """Secret and noise of a run, made anew or as they were; None on hosts that don't own its folder. Raises ConfigError,
+    StorageError."""
+    settings, number = config.privacy, units_of(config, data)[2]
     if settings.delta * number >= 1:
         raise ConfigError(
             f"{settings.show('delta')} is not below one over the {number:,} units of the training data: with that, giving away "
             f"a whole unit would count as private; at most {1 / (10 * number):.1g} is sensible"
         )
-    if rows > number:
+    if config.data.batch_size > number:
         raise ConfigError(f"{config.data.show('batch_size')} is more than the {number:,} units of the training data")
-    # A batch without room for all of its units is another mechanism than the accountant's, so likely and no more.
-    overflow = OVERFLOW * config.trainer.steps * (1 + math.exp(min(settings.epsilon, MOST_PROTECTING)))
-    delta = max(settings.delta - overflow, settings.delta / 2)
-    secret, noise = hosts.from_first(kept(config, folder, number, delta) if folder.owner else None)
+    return kept(config, folder, number) if folder.owner else None
+
+
+def opened(config: Config, mesh: Mesh, data: Dataset, promise: tuple[str, float]) -> tuple[Privacy, Dataset]:
+    """A run's privacy, and its data drawn by it."""
+    settings, (secret, noise) = config.privacy, promise
+    examples, (starts, members), number = units_of(config, data)
     privacy = Privacy(
-        settings.epsilon, settings.delta, delta, number, rows, noise, bytes.fromhex(secret), settings.seed < 0
+        epsilon=settings.epsilon,
+        delta=settings.delta,
+        delta_left=delta_left(config),
+        units=number,
+        expected=config.data.batch_size,
+        noise=noise,
+        secret=bytes.fromhex(secret),
+        secret_seed=settings.seed < 0,
     )
     room = laid_out(config, mesh).batch_size // settings.rows
     drawn = DrawnUnits(
@@ -110,7 +118,7 @@ def open_privacy(config: Config, mesh: Mesh, data: Dataset, folder: RunFolder) -
     content |= {"order": ALGORITHM, "units": number, "unit": settings.unit, "rows_a_unit": settings.rows}
     summary = (
         *data.summary,
-        f"drawn by Poisson sampling: {rows} of {number:,} units a step in expectation, room for {room}",
+        f"drawn by Poisson sampling: {privacy.expected} of {number:,} units a step in expectation, room for {room}",
     )
     return privacy, dataclasses.replace(
         data,
@@ -123,24 +131,30 @@ def open_privacy(config: Config, mesh: Mesh, data: Dataset, folder: RunFolder) -
     )
 
 
-def units_of(config: Config, data: Dataset) -> tuple[Any, np.ndarray]:
-    """What rows are read from, and the unit of each, int64 [n]. Raises ConfigError where the data names no groups."""
+def units_of(config: Config, data: Dataset) -> tuple[Any, tuple[np.ndarray, np.ndarray], int]:
+    """What rows are read from, `by_unit` of it, and how many units there are. Raises ConfigError where the data names no groups."""
+    examples: Any = stretches(data.train) if isinstance(data.train, Rows) else data.train
     if isinstance(data.train, Rows):
-        cut = stretches(data.train)
-        return cut, cut.document
-    count = len(data.train)
-    if config.privacy.unit == "example":
-        return data.train, np.arange(count)
-    units = getattr(data.train, "units", None)
-    if units is None:
+        units = examples.document
+    elif config.privacy.unit == "example":
+        units = np.arange(len(examples))
+    elif (units := getattr(examples, "units", None)) is None:
         raise ConfigError(
             f"{config.privacy.show('unit')}, but {config.data.show('source')} does not say whose each image is: a table with a "
             f"column `unit` does (docs/data.md)"
         )
-    return data.train, units
+    starts, members = by_unit(units)
+    return examples, (starts, members), len(starts) - 1
 
 
-def kept(config: Config, folder: RunFolder, units: int, delta: float) -> tuple[str, float]:
+def delta_left(config: Config) -> float:
+    """For the accountant. A batch without room for all of its units is another mechanism than its, so likely and no more."""
+    settings = config.privacy
+    overflow = OVERFLOW * config.trainer.steps * (1 + math.exp(min(settings.epsilon, MOST_PROTECTING)))
+    return max(settings.delta - overflow, settings.delta / 2)
+
+
+def kept(config: Config, folder: RunFolder, units: int) -> tuple[str, float]:
     """Secret, in hexadecimal digits, and noise multiplier of a run: as its folder has them, or new ones written there."""
     settings = config.privacy
     record, file = folder.path / RECORD, folder.path / SECRET
@@ -157,7 +171,7 @@ def kept(config: Config, folder: RunFolder, units: int, delta: float) -> tuple[s
             raise ConfigError(
                 f"{folder.address} has trained without privacy, which no later step brings back: give a new --run"
             )
-        noise = settings.noise or calibrated(config, units, delta)
+        noise = settings.noise or calibrated(config, units)
         secret = secrets.token_bytes(SECRET_BYTES)
         if settings.seed >= 0:
             secret = hashlib.sha256(f"podwright privacy {settings.seed}".encode()).digest()
@@ -166,24 +180,24 @@ def kept(config: Config, folder: RunFolder, units: int, delta: float) -> tuple[s
             out.write(secret.hex())
     except OSError as error:
         raise StorageError(f"{file} cannot be kept: {reason(error)}") from None
-    folder.write(RECORD, json.dumps(promised(config, units, noise, delta), indent=1) + "\n")
+    folder.write(RECORD, json.dumps(promised(config, units, noise), indent=1) + "\n")
     return secret.hex(), noise
 
 
-def calibrated(config: Config, units: int, delta: float) -> float:
+def calibrated(config: Config, units: int) -> float:
     settings, steps = config.privacy, config.trainer.steps
     try:
-        return calibrated_noise(settings.epsilon, delta, config.data.batch_size / units, steps)
+        return calibrated_noise(settings.epsilon, delta_left(config), config.data.batch_size / units, steps)
     except ValueError as error:
         raise ConfigError(f"{settings.show('epsilon')} cannot be kept over {steps} steps: {error}") from None
 
 
-def promised(config: Config, units: int, noise: float, delta: float) -> dict[str, Any]:
+def promised(config: Config, units: int, noise: float) -> dict[str, Any]:
     settings = config.privacy
     return {
         "epsilon": settings.epsilon,
         "delta": settings.delta,
-        "delta_of_accountant": delta,
+        "delta_of_accountant": delta_left(config),
         "unit": settings.unit,
         "units": units,
         "expected_batch": config.data.batch_size,
