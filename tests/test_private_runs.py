@@ -266,7 +266,7 @@ def test_language_models_train_privately_too(tmp_path):
     words += "--model.rnn_width 16 --model.mlp_width 16 --optimizer.clip_norm 0 --trainer.steps 2 --privacy.rows 2 "
     words += "--privacy.epsilon 50 --privacy.delta 1e-3 --privacy.noise 0.5 --privacy.seed 1"
     run = tmp_path / "run"
-    code, out, err = finish(train_command("griffin-tiny", run, *words.split()))
+    code, _, err = finish(train_command("griffin-tiny", run, *words.split()))
     assert code == 0, err
     promise, records = json.loads((run / "privacy.json").read_text()), read_metrics(run, "train")
     assert promise["unit"] == "example"
