@@ -14,12 +14,14 @@ FEWEST = 1000  # records that are read before the share of bad ones says anythin
 
 
 class BadRecords:
-    """Reads what batches say of records that something else stands for. Of several hosts each counts its own; those that
-    don't own the run's folder print theirs."""
+    """Reads what batches say of records that something else stands for, or, in a private run, nothing. Of several hosts each
+    counts its own; those that don't own the run's folder print theirs."""
 
-    def __init__(self, folder: pathlib.Path | None, limit: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: pathlib.Path | None, limit: float, say: Callable[[str], None], substitute: str = "another record"
+    ) -> None:
         self.file = folder / "bad_records.jsonl" if folder else None
-        self.limit, self.say = limit, say
+        self.limit, self.say, self.substitute = limit, say, substitute
         self.read = 0
         self.kinds: Counter[str] = Counter()
 
@@ -35,9 +37,8 @@ class BadRecords:
             with open(self.file, "a") as lines:
                 lines.write(line + "\n")
             if record.reason not in self.kinds:
-                self.say(
-                    f"step {step}: {record.source} at {record.place} is {record.reason}; another record stands for it"
-                )
+                where = f"{record.source} at {record.place}"
+                self.say(f"step {step}: {where} is {record.reason}; {self.substitute} stands for it")
         self.kinds.update(record.reason for record in found)
         bad = self.kinds.total()
         if bad > self.limit * max(self.read, FEWEST):

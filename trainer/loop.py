@@ -84,7 +84,9 @@ def train_in_phases(
         spec = rules_for(mesh).spec
         check_batch(config, mesh)
         check_host_memory(config, mesh)
-        data = open_data(config.data, hosts.host_rows(mesh, config.data.batch_size))
+        # Of a private run's batches, whose units are drawn, `opened` knows the rows.
+        rows = None if config.privacy.epsilon else hosts.host_rows(mesh, config.data.batch_size)
+        data = open_data(config.data, rows)
         check_fits(config, data.manifest)
         promise = promise_of(config, data, folder) if config.privacy.epsilon else None
         rollbacks = read_rollbacks(folder.path) if hosts.first() else []
@@ -215,7 +217,8 @@ def train_in_phases(
 
         feed = contextlib.ExitStack()
         batches = feed.enter_context(contextlib.closing(data.train_batches(start)))
-        bad_records = BadRecords(folder.path if hosts.first() else None, data.max_bad, reporter.say)
+        substitute = "nothing" if privacy else "another record"
+        bad_records = BadRecords(folder.path if hosts.first() else None, data.max_bad, reporter.say, substitute)
         evaluation: dict[str, float] = {}
         pending: tuple | None = None  # metrics of the step before, read only once the next one has been dispatched
         reporter.start_clock()

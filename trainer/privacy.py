@@ -166,6 +166,7 @@ def kept(config: Config, folder: RunFolder, units: int) -> tuple[str, float]:
                     f"{file} is gone, without which this run cannot draw its noise and its batches as before: bring it back, or "
                     f"give a new --run"
                 )
+            folder.write(RECORD, recorded(config, units, saved["noise"]))  # with what has been let through since
             return file.read_text(), saved["noise"]
         if folder.has_trained():
             raise ConfigError(
@@ -180,7 +181,7 @@ def kept(config: Config, folder: RunFolder, units: int) -> tuple[str, float]:
             out.write(secret.hex())
     except OSError as error:
         raise StorageError(f"{file} cannot be kept: {reason(error)}") from None
-    folder.write(RECORD, json.dumps(promised(config, units, noise), indent=1) + "\n")
+    folder.write(RECORD, recorded(config, units, noise))
     return secret.hex(), noise
 
 
@@ -192,9 +193,10 @@ def calibrated(config: Config, units: int) -> float:
         raise ConfigError(f"{settings.show('epsilon')} cannot be kept over {steps} steps: {error}") from None
 
 
-def promised(config: Config, units: int, noise: float) -> dict[str, Any]:
+def recorded(config: Config, units: int, noise: float) -> str:
+    """privacy.json."""
     settings = config.privacy
-    return {
+    promise = {
         "epsilon": settings.epsilon,
         "delta": settings.delta,
         "delta_of_accountant": delta_left(config),
@@ -208,6 +210,7 @@ def promised(config: Config, units: int, noise: float) -> dict[str, Any]:
         "secret_seed": settings.seed < 0,
         "log_private": settings.log_private,
     }
+    return json.dumps(promise, indent=1) + "\n"
 
 
 def with_noise(state: Any, abstract: Any, privacy: Privacy | None) -> Any:
