@@ -156,7 +156,9 @@ def test_a_secret_is_drawn_once_and_kept(tmp_path):
 
     def opened(run: str, *more: str):
         config = resolve("nfnet-tiny", [*words, *more]).config
-        with contextlib.closing(RunFolder(tmp_path / run, config, allow=["privacy.noise"])) as folder:
+        with contextlib.closing(
+            RunFolder(tmp_path / run, config, allow=["privacy.noise", "privacy.epsilon"])
+        ) as folder:
             return open_privacy(config, one_device_mesh(), open_data(config.data), folder)
 
     (first, data), (other, elsewhere) = opened("one"), opened("two")
@@ -172,6 +174,10 @@ def test_a_secret_is_drawn_once_and_kept(tmp_path):
     again, data = opened("one")
     assert again == now
     assert opened("one", "--privacy.noise", "0.1")[0] == now  # what it began with is what it goes on with
+    more, _ = opened("one", "--privacy.epsilon", "9")
+    assert (more.epsilon, more.noise, more.secret) == (9, now.noise, now.secret)
+    record = json.loads((tmp_path / "one" / "privacy.json").read_text())
+    assert (record["epsilon"], record["noise"]) == (9, now.noise)
     assert (tmp_path / "one" / "privacy.secret").stat().st_mode & 0o777 == 0o600
 
 
