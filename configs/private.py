@@ -55,14 +55,14 @@ def on_private(config: Config, name: str, batch_size: int, steps: int, privacy: 
 
 
 def imagenet() -> Config:
-    """NFNet-F3 from its pretraining to ImageNet at epsilon 8, an image a unit: arXiv 2308.10888."""
+    """NFNet-F3 from its pretraining to ImageNet at epsilon 8 for images: arXiv 2308.10888."""
     # The paper's delta, 8e-7, is above one over the number of images.
     privacy = PrivacyConfig(epsilon=8.0, delta=5e-7, rows=4)
     return on_private(transfer("f3")(), "nfnet-f3-imagenet-private", 16384, 1000, privacy)
 
 
 def places() -> Config:
-    """NFNet-F3 from its pretraining to Places365 at epsilon 8, an image a unit: arXiv 2308.10888."""
+    """NFNet-F3 from its pretraining to Places365 at epsilon 8 for images: arXiv 2308.10888."""
     return on_private(
         places365(), "nfnet-f3-places365-private", 16384, 1000, PrivacyConfig(epsilon=8.0, delta=5e-7, rows=4)
     )
@@ -75,7 +75,7 @@ def chest(config: Callable[[], Config], name: str, title: str) -> Callable[[], C
         privacy = PrivacyConfig(epsilon=8.0, delta=1e-6, unit="group", rows=4)
         return on_private(config(), name, 4096, 500, privacy)
 
-    experiment.__doc__ = f"NFNet-F3 from its pretraining to {title} at epsilon 8, a patient a unit: arXiv 2308.10888."
+    experiment.__doc__ = f"NFNet-F3 from its pretraining to {title} at epsilon 8 for patients: arXiv 2308.10888."
     return experiment
 
 

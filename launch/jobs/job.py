@@ -25,7 +25,7 @@ NAME = (
 BUCKET_PATH = r"gs://[a-z0-9][-a-z0-9._]{1,61}[a-z0-9](/[-\w.=]+)+"
 FOLDER = r"/[-\w.=/]+"
 AGAIN = (75, 76, 124)  # exit codes after which the same command goes on (docs/survive.md)
-FINAL = (1, 2, 3, 4, 5)  # and those after which it would end in the same way
+FINAL = (1, 2, 3, 4, 5, 6)  # and those after which it would end in the same way
 
 
 class SchedulerError(RuntimeError):

@@ -8,14 +8,14 @@ import numpy as np
 from launch.studies.study import BESIDE, Figures, Study
 
 PUBLIC = "digits-public"
-EPSILONS, RATES = (1, 2, 4, 8), (1.0, 2.0)
+EPSILONS, RATES, OPEN_RATES = (1, 2, 4, 8), (1.0, 2.0), (0.3, 1.0)
 # How training begins, and what of the model learns.
 WAYS = {
     "from scratch": "",
     "all layers": f"--finetune.base {BESIDE}/{PUBLIC}",
     "classifier": f"--finetune.base {BESIDE}/{PUBLIC} --finetune.learns head",
 }
-OPEN = "--privacy.epsilon 0 --optimizer.learning_rate 0.1 --optimizer.beta1 0.9"
+OPEN = "--privacy.epsilon 0 --optimizer.beta1 0.9 --optimizer.adaptive_clip 0.01"
 COLOURS = {"from scratch": "#b2182b", "all layers": "#2166ac", "classifier": "#1b7837"}
 INKS = ("thin", "middle", "thick")  # thirds of the held-out images, by how much ink they have
 FULL = tuple(
@@ -24,14 +24,18 @@ FULL = tuple(
 )
 
 
-def runs() -> dict[str, tuple[str, int | None, float | None]]:
-    """Words -> how, epsilon and rate; None where nothing is private."""
-    private = {
-        f"mnist-private {words} --privacy.epsilon {epsilon} --optimizer.learning_rate {rate:g}": (way, epsilon, rate)
-        for way, words in WAYS.items()
-        for epsilon, rate in itertools.product(EPSILONS, RATES)
-    }
-    return private | {f"mnist-private {words} {OPEN}": (way, None, None) for way, words in WAYS.items()}
+def runs() -> dict[str, tuple[str, int | None, float]]:
+    """Words -> how, epsilon (None where nothing is private) and rate."""
+
+    def of(epsilons: tuple[int | None, ...], rates: tuple[float, ...]) -> dict[str, tuple[str, int | None, float]]:
+        return {
+            f"mnist-private {words} {f'--privacy.epsilon {epsilon}' if epsilon else OPEN} "
+            f"--optimizer.learning_rate {rate:g}": (way, epsilon, rate)
+            for way, words in WAYS.items()
+            for epsilon, rate in itertools.product(epsilons, rates)
+        }
+
+    return of(EPSILONS, RATES) | of((None,), OPEN_RATES)
 
 
 def measure(folders: dict[str, pathlib.Path]) -> Figures:
@@ -83,9 +87,9 @@ def table(figures: Figures) -> list[str]:
     ]
     for row in figures["best"]:
         low, high = (100 * bound for bound in row["interval"])
-        epsilon, rate = ("none", "0.1") if row["epsilon"] is None else (row["epsilon"], f"{row['rate']:g}")
+        epsilon = "none" if row["epsilon"] is None else row["epsilon"]
         lines.append(
-            f"{row['way']:<14}{epsilon:>8}{rate:>6}{100 * row['accuracy']:>10.1f}{f'{low:.1f} to {high:.1f}':>16}"
+            f"{row['way']:<14}{epsilon:>8}{row['rate']:>6g}{100 * row['accuracy']:>10.1f}{f'{low:.1f} to {high:.1f}':>16}"
             f"{100 * row['class_gap']:>+13.1f}{100 * row['ink_gap']:>+20.1f}"
         )
     return lines
