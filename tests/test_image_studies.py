@@ -48,7 +48,7 @@ def test_every_rate_is_measured_with_and_without_clipping(monkeypatch, config):
 
 
 def test_every_study_of_images_has_runs_that_can_start():
-    for name in ("agc", "digits"):
+    for name in ("agc", "digits", "private"):
         for group in (STUDIES[name].configs, STUDIES[name].full):
             folders = set()
             for words in group:
