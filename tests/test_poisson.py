@@ -80,30 +80,3 @@ def test_blocks_of_coins_are_different_coins():
 def test_ends_of_the_rate():
     assert poisson.drawn(SECRET, 0, 7, 1.0).tolist() == list(range(7))
     assert poisson.drawn(SECRET, 0, 7, 1e-18).tolist() == []
-    assert poisson.overflow(7, 1.0, 6) == 1
-    assert poisson.overflow(7, 1.0, 7) == 0
-    assert poisson.capacity(7, 1.0, 4) == 8
-    assert poisson.capacity(7, 0.9, 1) == 7
-    assert poisson.capacity(3, 0.1, 8) == 8
-
-
-@pytest.mark.parametrize(
-    ("units", "batch"), [(50_000, 4096), (1_271_167, 16_384), (178_677, 1), (10**9, 4096), (60, 3)]
-)
-@pytest.mark.parametrize("multiple", [1, 8, 96])
-def test_capacity_is_scipys(units, batch, multiple):
-    rate = batch / units
-    rows = poisson.capacity(units, rate, multiple)
-    assert rows % multiple == 0
-    exact = stats.binom.sf(rows, units, rate)
-    assert exact <= poisson.overflow(units, rate, rows) * (1 + 1e-4) <= 1e-15 * (1 + 1e-4)
-    # One more than the least where the bound is not the tail itself.
-    if rows > multiple:
-        assert stats.binom.sf(rows - multiple - 1, units, rate) > 1e-15
-
-
-@pytest.mark.parametrize("sigmas", [2, 3, 5, 8])
-def test_overflow_is_barely_above_the_tail(sigmas):
-    units, rate = 50_000, 0.08192
-    rows = round(units * rate + sigmas * np.sqrt(units * rate * (1 - rate)))
-    assert 1 <= poisson.overflow(units, rate, rows) / stats.binom.sf(rows, units, rate) < 1 + 1.2 / sigmas**2
