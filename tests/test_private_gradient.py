@@ -420,3 +420,17 @@ def test_losses_are_told_only_where_that_is_asked_for(one_device):
     losses = (units["weights"] * errors**2 / 2).sum(axis=1) / units["weights"].sum(axis=1)
     assert float(metrics["loss"]) == pytest.approx(losses.mean(), rel=1e-4)
     assert float(metrics["clipped"]) == pytest.approx((clipped_norms(toy_gradients(units)) == 1).mean())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_not_told_of(one_device, value):
+    """A guard that saw it would end the run, or skip the step, because of one unit."""
+    settings = dataclasses.replace(CONFIG.privacy, log_private=True)
+    units = toy_units(np.random.default_rng(6), 7)
+    units["y"][2] = value
+    placed = place_batch(toy_batch(units, np.arange(ROOM)), one_device, rules_for(one_device).spec)
+    model = jax.jit(lambda: TOY.init(jax.random.key(0), rules_for(one_device).spec))()
+    program = jax.jit(functools.partial(private_mean, settings, NOISE, EXPECTED, TOY))
+    gradient, metrics = program(model, placed, jax.random.key(0), jax.random.key(1))
+    for leaf in jax.tree.leaves((gradient, metrics)):
+        assert np.isfinite(leaf).all()

@@ -89,8 +89,10 @@ def own_units(
     def some(some_units: Batch, keys: jax.Array, real: jax.Array) -> tuple[list[jax.Array], dict[str, jax.Array]]:
         found, about = gradient(learning, some_units, keys, is_padding_example=~real)
         own = real.astype(jnp.float32)
+        # A unit whose loss is no number must not end the run, or have its step skipped: that would tell of it.
+        losses = jnp.nan_to_num(about.values.astype(jnp.float32), posinf=0.0, neginf=0.0)
         clipped = (about.grad_norms > config.clip).astype(jnp.float32)
-        sums = {"loss": about.values.astype(jnp.float32) @ own, "clipped": clipped @ own, "units": jnp.sum(own)}
+        sums = {"loss": losses @ own, "clipped": clipped @ own, "units": jnp.sum(own)}
         return found, sums
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
