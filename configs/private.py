@@ -128,7 +128,7 @@ def documents() -> Config:
         config,
         name="griffin-tiny-private",
         data=dataclasses.replace(config.data, batch_size=64),
-        optimizer=constant(0.5, ema=0.0),
+        optimizer=constant(0.05, ema=0.0),
         finetune=FinetuneConfig(base="runs/griffin-tiny"),
         privacy=PrivacyConfig(epsilon=8.0, delta=1e-4, rows=2),
         trainer=dataclasses.replace(config.trainer, steps=50),
