@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax import contrib
-from test_meshes import batch, small
+from test_meshes import batch, small, start
 
 from configs.optimizer import OptimizerConfig
 from configs.overrides import resolve
@@ -418,10 +418,12 @@ def stepped(compiled, state, config, mesh, count: int):
     return state
 
 
-def fresh(program, mesh):
+def fresh(family: str, program, mesh):
+    """From parameters that all have gradients, see `start`."""
     with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-        return jax.jit(program.init, out_shardings=shardings)()
+        own = named_leaves(program.state.model)
+        base = {name: jax.device_put(leaf, own[name].sharding) for name, leaf in start(family).items()}
+        return jax.jit(program.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.state))(base=base)
 
 
 DIVIDED = {KERNEL: P(None, "fsdp", "tensor"), HEAD: P("fsdp"), TABLE: P(None, ("fsdp", "tensor")), NORM: P()}
@@ -466,8 +468,8 @@ def from_there(state, program, mesh):
 def test_devices_share_the_state_and_a_restart_goes_on_bit_for_bit(tmp_path, family, name):
     """Six steps on eight devices, with a checkpoint after three and without, and on one.
 
-    Of what gradients have not reached SOAP knows no basis but the one that rounding left, so that on other devices it takes
-    other steps. There the fourth step is compared, of one state and before bases change, and that they are bases.
+    Of directions that gradients have not had, Shampoo and SOAP know only what rounding left, so that on other devices they take
+    other steps there. Of these the fourth step is compared, from one state and before roots and bases change.
     """
     config, mesh, program, compiled = program_of(family, name, 8)
     own = named_leaves(program.state.model)
@@ -476,10 +478,9 @@ def test_devices_share_the_state_and_a_restart_goes_on_bit_for_bit(tmp_path, fam
         if parameter is not None:
             assert leaf.shape == parameter.shape
             assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim), leaf_name
-    first = fresh(program, mesh)
-    start, first = jax.device_get(named_leaves(first.model)), jax.device_get(first)
+    first = jax.device_get(fresh(family, program, mesh))
     half = stepped(compiled, from_there(first, program, mesh), config, mesh, 3)
-    before, done = (jax.device_get(half), 1) if name == "soap" else (first, 6)
+    before, done = (jax.device_get(half), 1) if name in ("shampoo", "soap") else (first, 6)
     checkpoints = Checkpoints(tmp_path, config.checkpoint)
     checkpoints.save(3, saved_part(half), {})
     checkpoints.finish()
@@ -491,18 +492,23 @@ def test_devices_share_the_state_and_a_restart_goes_on_bit_for_bit(tmp_path, fam
     assert whole.keys() == resumed.keys()
     for leaf_name in whole:
         assert whole[leaf_name].tobytes() == resumed[leaf_name].tobytes(), leaf_name
-    for leaf_name, leaf in whole.items():
-        if "/bases/" in leaf_name:
-            identity = np.broadcast_to(np.eye(leaf.shape[1]), leaf.shape)
-            np.testing.assert_allclose(leaf @ leaf.swapaxes(1, 2), identity, atol=1e-5, err_msg=leaf_name)
-
     there = jax.device_get(named_leaves(stepped(compiled, from_there(before, program, mesh), config, mesh, done)))
     config, mesh, program, compiled = program_of(family, name, 1)
     alone = jax.device_get(named_leaves(stepped(compiled, from_there(before, program, mesh), config, mesh, done)))
     for leaf_name in there:
         if leaf_name.startswith(("model/", "ema/")):
             np.testing.assert_allclose(there[leaf_name], alone[leaf_name], rtol=0, atol=1e-5, err_msg=leaf_name)
-    assert np.mean([abs(whole[f"model/{n}"] - start[n]).max() > 1e-3 for n in start]) > 0.5
+    assert np.mean([abs(whole[f"model/{n}"] - leaf).max() > 1e-3 for n, leaf in start(family).items()]) > 0.5
+    for leaf_name, leaf in named_leaves(before).items():
+        if "/bases/" in leaf_name:
+            identity = np.broadcast_to(np.eye(leaf.shape[1]), leaf.shape)
+            np.testing.assert_allclose(leaf @ leaf.swapaxes(1, 2), identity, atol=1e-5, err_msg=leaf_name)
+        if "/roots/" in leaf_name:  # of both sides the fourth, found in the third step
+            statistic = named_leaves(before)[leaf_name.replace("/roots/", "/statistics/")].astype(np.float64)
+            values, vectors = np.linalg.eigh(statistic)
+            powers = (np.maximum(values, 0) + 1e-6 * values[:, -1:]) ** -0.25
+            expected = (vectors * powers[:, None]) @ vectors.swapaxes(1, 2)
+            assert np.linalg.norm(leaf - expected) < 0.05 * np.linalg.norm(expected), leaf_name
 
 
 def test_an_imported_run_begins_as_any_other():

@@ -12,7 +12,7 @@ DAMPING = 1e-6  # of the largest eigenvalue, added to all: what float32 cannot t
 
 
 class ShampooState(NamedTuple):
-    count: jax.Array
+    step: jax.Array  # updates done
     mu: Any
     nu: Any
     statistics: Any  # in each parameter's place its Sides
@@ -34,16 +34,16 @@ def scale_by_shampoo(beta1: float, beta2: float, eps: float, every: int, limit: 
         )
 
     def update(updates, state, params=None):
-        count = state.count + 1
+        done = state.step + 1
         mu = jax.tree.map(lambda g, m: beta1 * m + (1 - beta1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, n: beta2 * n + (1 - beta2) * g * g, updates, state.nu)
         statistics = map_named(lambda name, g, s: average_outer(name, g, s, beta2), updates, state.statistics)
         roots = jax.lax.cond(
-            state.count % every == 0,
+            state.step % every == 0,
             lambda: map_named(lambda name, _, sides: inverse_roots(sides), updates, statistics),
             lambda: state.roots,
         )
-        steps = count.astype(jnp.float32)
+        steps = done.astype(jnp.float32)
 
         def step(name: str, m: jax.Array, n: jax.Array, roots: Sides) -> jax.Array:
             m = m / (1 - beta1**steps)
@@ -53,7 +53,7 @@ def scale_by_shampoo(beta1: float, beta2: float, eps: float, every: int, limit: 
             found = between(as_matrices(name, m), roots)
             return (found * lengths(as_matrices(name, adam)) / jnp.maximum(lengths(found), TINY)).reshape(m.shape)
 
-        return map_named(step, mu, nu, roots), ShampooState(count, mu, nu, statistics, roots)
+        return map_named(step, mu, nu, roots), ShampooState(done, mu, nu, statistics, roots)
 
     return wherever(optax.GradientTransformation(init, update))
 

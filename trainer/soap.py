@@ -10,7 +10,7 @@ from trainer.matrices import PRECISE, Sides, as_matrices, average_outer, between
 
 
 class SoapState(NamedTuple):
-    count: jax.Array
+    step: jax.Array  # updates done
     mu: Any
     nu: Any  # of rotated gradients
     statistics: Any  # in each parameter's place its Sides
@@ -32,7 +32,7 @@ def scale_by_soap(beta1: float, beta2: float, eps: float, every: int, limit: int
         )
 
     def update(updates, state, params=None):
-        first = state.count == 0
+        first = state.step == 0
 
         def rotated(name: str, x: jax.Array, bases: Sides, back: bool = False) -> jax.Array:
             return between(as_matrices(name, x), bases, transposed=not back).reshape(x.shape) if bases else x
@@ -42,7 +42,7 @@ def scale_by_soap(beta1: float, beta2: float, eps: float, every: int, limit: int
             return jnp.where(first, old, new) if bases else new
 
         def step(name: str, m: jax.Array, n: jax.Array, bases: Sides) -> jax.Array:
-            steps = jnp.maximum(state.count + (not bases), 1).astype(jnp.float32)
+            steps = jnp.maximum(state.step + (not bases), 1).astype(jnp.float32)
             m = rotated(name, m / (1 - beta1**steps), bases)
             adam = m / (jnp.sqrt(n / (1 - beta2**steps)) + eps)
             return rotated(name, adam, bases, back=True)
@@ -60,13 +60,13 @@ def scale_by_soap(beta1: float, beta2: float, eps: float, every: int, limit: int
         found = map_named(step, mu, nu, state.bases)
         statistics = map_named(lambda name, g, s: average_outer(name, g, s, beta2), updates, state.statistics)
         bases = jax.lax.switch(
-            jnp.where(first, 2, (state.count % every == 0).astype(jnp.int32)),
+            jnp.where(first, 2, (state.step % every == 0).astype(jnp.int32)),
             [
                 lambda: state.bases,
                 lambda: map_named(lambda name, _, *sides: followed(*sides), updates, statistics, state.bases),
                 lambda: jax.tree.map(lambda matrix: jnp.linalg.eigh(matrix)[1], statistics),
             ],
         )
-        return found, SoapState(state.count + 1, mu, nu, statistics, bases)
+        return found, SoapState(state.step + 1, mu, nu, statistics, bases)
 
     return wherever(optax.GradientTransformation(init, update))
