@@ -397,7 +397,8 @@ def test_plans_know_every_rules_moments():
 def config_of(family: str, name: str, mesh: MeshConfig):
     # With an eps beside which what rounding leaves of a gradient is nothing: Adam and SOAP would make it as long as the rest.
     fields = dict(precondition_every=2) if name in ("shampoo", "soap") else dict(power=2.0) if name == "sgd" else {}
-    optimizer = plain(name, learning_rate=3e-3, eps=1e-3, adaptive_clip=0.1 if name == "sgd" else 0.0, **fields)
+    rate = 0.03 if name == "sgd" else 3e-3
+    optimizer = plain(name, learning_rate=rate, eps=1e-3, adaptive_clip=0.1 if name == "sgd" else 0.0, **fields)
     config = small(family, mesh)
     return dataclasses.replace(config, optimizer=optimizer)
 
