@@ -6,26 +6,50 @@ from typing import ClassVar
 from configs.section import ConfigError, Section, setting
 
 _MATH = ("recompile", "result")
+RULES = ("adamw", "sgd", "lion", "muon", "schedule-free", "shampoo", "soap")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
     section: ClassVar[str] = "optimizer"
-    name: str = setting("adamw", "update rule", choices=("adamw", "sgd"), changes=("recompile", "checkpoint", "result"))
+    name: str = setting("adamw", "update rule", choices=RULES, changes=("recompile", "checkpoint", "result"))
     learning_rate: float = setting(3e-3, "peak learning rate", above=0, changes=_MATH)
     schedule: str = setting("cosine", "after warm-up", choices=("cosine", "constant"), changes=_MATH)
     warmup_steps: int = setting(20, "steps of linear warm-up", low=0, changes=_MATH)
     final_fraction: float = setting(
         0.1, "learning rate at the end over its peak (cosine)", low=0, high=1, changes=_MATH
     )
-    beta1: float = setting(0.9, "Adam's first moment, or SGD's Nesterov momentum", low=0, below=1, changes=_MATH)
-    beta2: float = setting(0.95, "Adam's second moment", low=0, below=1, changes=_MATH)
+    beta1: float = setting(
+        0.9,
+        "Adam's first moment, SGD's and Muon's Nesterov momentum, Lion's weight of the past",
+        low=0,
+        below=1,
+        changes=_MATH,
+    )
+    beta2: float = setting(
+        0.95, "Adam's second moment, Shampoo's and SOAP's statistics, Lion's momentum", low=0, below=1, changes=_MATH
+    )
     eps: float = setting(1e-8, "Adam's epsilon", above=0, changes=_MATH)
     weight_decay: float = setting(
-        0.1, "decoupled for adamw, coupled L2 for sgd; matrices only, by name", low=0, changes=_MATH
+        0.1, "coupled L2 for sgd, decoupled for the others; matrices only, by name", low=0, changes=_MATH
     )
     clip_norm: float = setting(1.0, "global gradient norm clip; 0 for none", low=0, changes=_MATH)
     adaptive_clip: float = setting(0.0, "adaptive gradient clipping (NFNet: 0.01); 0 for none", low=0, changes=_MATH)
+    power: float = setting(
+        1.0,
+        "sgd on phi, where matrices are phi |phi|^(power - 1): small weights stay small (2110.00296); 1 for none",
+        low=1,
+        changes=_MATH,
+    )
+    precondition_every: int = setting(
+        10, "updates from one root (shampoo) or eigenbasis (soap) of the statistics to the next", low=1, changes=_MATH
+    )
+    precondition_limit: int = setting(
+        1024,
+        "longest side of a matrix that shampoo and soap have statistics of",
+        low=0,
+        changes=("recompile", "checkpoint", "result"),
+    )
     ema: float = setting(
         0.0,
         "decay of an average of the parameters, min(ema, (1 + step) / (10 + step)) (2102.06171: 0.99999); 0 for none",
@@ -51,6 +75,32 @@ class OptimizerConfig(Section):
         for name, default in (("sam_share", 1.0), ("sam_ascent", "synced")):
             if not self.sam_rho and getattr(self, name) != default:
                 raise ConfigError(f"{self.show(name)} has no step to climb: give optimizer.sam_rho")
+        for name, default in (("precondition_every", 10), ("precondition_limit", 1024)):
+            if self.name not in ("shampoo", "soap") and getattr(self, name) != default:
+                raise ConfigError(f"{self.show(name)} contradicts {self.show('name')}: only shampoo and soap have it")
+        if self.power != 1 and self.name != "sgd":
+            raise ConfigError(
+                f"{self.show('power')} contradicts {self.show('name')}, which divides by what keeps small weights small: "
+                f"1 is allowed, or optimizer.name='sgd'"
+            )
+        if self.name == "schedule-free":
+            self.check_schedule_free()
+
+    def check_schedule_free(self) -> None:
+        # Field, whether its value will not do, why, and what does.
+        for name, wrong, why, allowed in (
+            ("schedule", self.schedule != "constant", "its average takes the place of a decay", "'constant'"),
+            ("beta1", self.beta1 == 0, "gradients are taken there between average and newest", "a number above 0"),
+            ("ema", self.ema != 0, "it has an average of its own", "0"),
+            ("offload", self.offload, "its average is found with every step", "false"),
+        ):
+            if wrong:
+                raise ConfigError(f"{self.show(name)} contradicts {self.show('name')}: {why}; {allowed} is allowed")
+
+    @property
+    def averages(self) -> bool:
+        """Whether a run keeps an average of its parameters, which is then the model that it makes."""
+        return bool(self.ema) or self.name == "schedule-free"
 
 
 PLAIN = OptimizerConfig()

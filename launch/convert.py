@@ -338,7 +338,7 @@ def newest_parameters(run: epath.Path, config: Config) -> tuple[int, Mapping[str
     if step is None:
         raise StorageError(f"{run} has no checkpoint yet")
     arrays = read_arrays(run / "checkpoints" / str(step) / "state")
-    part = "ema/" if config.optimizer.ema else "model/"
+    part = "ema/" if config.optimizer.averages else "model/"
     names = [name for name in abstract_arrays(config) if name.startswith(part)]
     found = {name.removeprefix(part): arrays[name.replace("/", ".")] for name in names}
     if config.finetune.lora_rank:

@@ -13,7 +13,8 @@ from sharding.topologies import HOST_BANDWIDTH, Topology
 
 EFFICIENCY = 0.7  # of the peak, by products and what lies between them
 AGAIN = {"none": 0.0, "dots": 0.04, "layer": 1 / 3}  # forward passes in the backward pass / FLOPs of both
-MOMENTS = {"adamw": 2, "sgd": 1}  # a parameter
+# A parameter; schedule-free with its average, Shampoo and SOAP with the four squares of a square matrix.
+MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "schedule-free": 3, "shampoo": 6, "soap": 6}
 BESIDE = 0.8  # of communication that runs beside computation, where there is enough of it
 
 

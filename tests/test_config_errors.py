@@ -51,8 +51,14 @@ COMMAND_LINES = [
     # a value that is not allowed
     ("--trainer.steps 0", "trainer.steps=0 is out of range: a whole number at least 1 is allowed"),
     ("--optimizer.beta1 1", "optimizer.beta1=1.0 is out of range: a number at least 0 and below 1 is allowed"),
-    ("--optimizer.name adam", "optimizer.name='adam' is not one of adamw, sgd, perhaps adamw"),
-    ("--optimizer.name lion", "optimizer.name='lion' is not one of adamw, sgd"),
+    (
+        "--optimizer.name adam",
+        "optimizer.name='adam' is not one of adamw, sgd, lion, muon, schedule-free, shampoo, soap, perhaps adamw",
+    ),
+    (
+        "--optimizer.name lamb",
+        "optimizer.name='lamb' is not one of adamw, sgd, lion, muon, schedule-free, shampoo, soap",
+    ),
     ("--model.pattern rec,atn", "model.pattern='atn' is not one of rec, attn, perhaps attn"),
     # values that contradict each other
     (

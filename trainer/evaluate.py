@@ -80,7 +80,7 @@ def load_model(run: str | pathlib.Path, config: Config, mesh: Mesh, step: int | 
     step = saved.newest() if step is None else step
     if step is None:
         raise StorageError(f"{run} has no checkpoint yet")
-    part = "ema" if config.optimizer.ema else "model"
+    part = "ema" if config.optimizer.averages else "model"
     return jax.jit(task.whole)(saved.restore_part(step, part, concrete(abstract, mesh))), step
 
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -20,21 +20,23 @@ from trainer.checkpoint import JOURNAL, describe, write_whole
 from trainer.checksums import Fingerprint, observed, together
 from trainer.optimizers import make_optimizer, make_schedule
 from trainer.saved import MANIFEST
-from trainer.step import init_state
+from trainer.step import State, init_state
 from trainer.storage import StorageError, reason
 from trainer.tasks import make_task
 
 
 def abstract_arrays(config: Config) -> dict[str, jax.Array]:
     """Every array of a run's state by its name on disk: shapes and dtypes, nothing is allocated."""
+    with jax.set_mesh(one_device_mesh()):
+        return named_leaves(jax.eval_shape(first_state(config)))
+
+
+def first_state(config: Config) -> Callable[[], State]:
     task = make_task(config)
     schedule = make_schedule(config.optimizer, config.trainer.steps)
     optimizer = make_optimizer(config.optimizer, schedule, task.decays, task.clips, task.learns, task.rates)
-    averages = bool(config.optimizer.ema)
-    with jax.set_mesh(one_device_mesh()):
-        return named_leaves(
-            jax.eval_shape(functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec, averages))
-        )
+    averages = config.optimizer.averages
+    return functools.partial(init_state, task, optimizer, config.trainer.seed, Rules().spec, averages)
 
 
 def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str, Tensor]) -> None:
@@ -42,8 +44,14 @@ def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str
 
     def value(name: str, leaf: jax.Array) -> Tensor:
         kind, _, parameter = name.partition("/")
-        return parameters[parameter] if kind in ("model", "ema") else zeros(leaf.shape, leaf.dtype)
+        if kind in ("model", "ema"):
+            return parameters[parameter]
+        _, newest, parameter = name.rpartition("/z/")  # where schedule-free begins
+        if newest and config.optimizer.name == "schedule-free":
+            return parameters[parameter]
+        return in_memory(known[name]) if name in known else zeros(leaf.shape, leaf.dtype)
 
+    known = counts(config)
     arrays = {name: value(name, leaf) for name, leaf in abstract_arrays(config).items()}
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -62,6 +70,17 @@ def write_first_state(run: pathlib.Path, config: Config, parameters: Mapping[str
     (run / FILE_NAME).write_text(to_json(config))
 
 
+def counts(config: Config) -> dict[str, np.ndarray]:
+    """The few numbers of an optimizer's state that belong to no parameter; XLA drops the rest of the program."""
+
+    def few() -> dict[str, jax.Array]:
+        found = named_leaves(first_state(config)())
+        return {name: leaf for name, leaf in found.items() if name.startswith("opt_state/") and leaf.size <= 3}
+
+    with jax.set_mesh(one_device_mesh()):
+        return jax.device_get(jax.jit(few)())
+
+
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """What every optimizer here starts with, as the step number does."""
+    """What every optimizer here starts with but for `counts`."""
     return in_memory(np.broadcast_to(np.zeros((), dtype), shape))

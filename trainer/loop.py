@@ -186,7 +186,10 @@ def train_in_phases(
             return ready
 
         def evaluate_now(state: State, step: int) -> dict[str, float]:
-            models = {"": state.model} | ({"ema_": state.ema} if config.optimizer.ema else {})
+            if config.optimizer.name == "schedule-free":
+                models = {"": state.ema}
+            else:
+                models = {"": state.model} | ({"ema_": state.ema} if config.optimizer.ema else {})
             metrics = evaluate(eval_program(), models, data, config.eval.batches, task, place)
             reporter.record("eval", step, metrics)
             if data.sources:

@@ -47,7 +47,7 @@ def make_program(config: Config, task: Task, mesh: Mesh | AbstractMesh, noise: f
     optimizer: optax.GradientTransformation = make_optimizer(
         config.optimizer, schedule, task.decays, task.clips, task.learns, task.rates
     )
-    init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec, bool(config.optimizer.ema))
+    init = functools.partial(init_state, task, optimizer, config.trainer.seed, spec, config.optimizer.averages)
     state = concrete(jax.eval_shape(init), mesh)
     check_learns(config.finetune.learns, state.model)
     if config.optimizer.offload:

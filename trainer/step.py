@@ -15,6 +15,7 @@ from configs.optimizer import PLAIN, OptimizerConfig
 from models.params import Spec
 from trainer.guard import judge, on_device
 from trainer.offload import moments_away, moments_here
+from trainer.optimizers import is_schedule_free, schedule_free_average
 from trainer.sam import Gradient, climbed, local_gradient, of_share
 from trainer.tasks import Batch, Task
 
@@ -112,6 +113,8 @@ def train_step(
             kept = keep(state.model, state.opt_state)
             model, opt_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), kept, (model, opt_state))
     ema = averaged(state.ema, model, state.step, config.ema) if config.ema else None
+    if config.name == "schedule-free":
+        ema = schedule_free_average(opt_state, model)
     if ema is not None and guard.policy == "skip":
         ema = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state.ema, ema)
     metrics |= {"learning_rate": schedule(state.step)}
@@ -129,9 +132,15 @@ def counted_on(opt_state: Any) -> Any:
     """The same but for the schedule's count: the learning rate of a step does not depend on updates skipped before it."""
 
     def count(node: Any) -> Any:
+        if is_schedule_free(node):
+            inner = counted_on(node.base_optimizer_state)
+            return node._replace(step_count=node.step_count + 1, base_optimizer_state=inner)
         return node._replace(count=node.count + 1) if isinstance(node, optax.ScaleByScheduleState) else node
 
-    return jax.tree.map(count, opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    def counts(node: Any) -> bool:
+        return is_schedule_free(node) or isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(count, opt_state, is_leaf=counts)
 
 
 def mean_gradient(
