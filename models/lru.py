@@ -27,9 +27,9 @@ class LRUModel(LanguageModel):
 
     def __init__(self, config: LRUConfig, init: Init):
         super().__init__(config, init, Block, rnn=config.state_size, mlp=config.width)
-        self.drops, self.head = config.dropout > 0, None
-        if config.pooling != "none":
-            self.head = Head(config, init.fitted(embed=config.width).scope("head"))
+        pooled = config.pooling != "none"
+        self.head = Head(config, init.fitted(embed=config.width).scope("head")) if pooled else None
+        self.drops = config.dropout > 0
 
     def __call__(
         self,
@@ -61,14 +61,15 @@ class Head(nnx.Module):
         real = segment_pos >= 0
         if self.pooling == "last":
             real = real & (segment_pos == jnp.max(segment_pos, axis=1, keepdims=True))
-        share = real / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(jnp.float32)
+        share = real.astype(jnp.float32)
+        share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1)
         pooled = einsum_float32("bt,btd->bd", share, x.astype(jnp.float32), self.spec("batch", None))
         kernel = reshard(self.kernel[...], self.spec(None, None))
         return einsum_float32("bd,dk->bk", pooled, kernel, self.spec("batch", None)) + self.bias[...][None]
 
 
 class Block(nnx.Module):
-    """x + drop(GLU(drop(gelu(recurrence(norm(x)))))) (figure 1 of the paper, with layer norm in place of batch norm)."""
+    """x + drop(GLU(drop(gelu(recurrence(norm(x)))))) (the paper's figure 1, with layer norm in place of batch norm)."""
 
     def __init__(self, config: LRUConfig, kind: str, init: Init):
         width, recurrence = config.width, Dense if config.recurrence == "dense" else LRU
@@ -99,7 +100,7 @@ class Block(nnx.Module):
 
 
 class LRU(nnx.Module):
-    """x_k = lambda x_{k-1} + gamma B u_k,  y_k = Re(C x_k) + D u_k  (equations 4 to 7), with complex lambda, B, C and x.
+    """x_k = lambda x_{k-1} + gamma B u_k,  y_k = Re(C x_k) + D u_k  with complex lambda, B, C and x (sections 3.2 to 3.4).
 
     Branches 0 and 1 of B's and C's kernels are real and imaginary parts.
     """
@@ -107,7 +108,7 @@ class LRU(nnx.Module):
     def __init__(self, config: LRUConfig, init: Init):
         width, modes = config.width, config.state_size
         on_ring = config.recurrence in ("ring", "lru")
-        # Without a ring, the eigenvalues of a dense matrix: uniform in the unit disk (lemma 3.1).
+        # Without a ring, the eigenvalues of a dense matrix: uniform in the unit disk (theorem 3.1).
         low, high, phase = (config.r_min, config.r_max, config.max_phase) if on_ring else (0.0, 1.0, 2 * jnp.pi)
         self.to_state = Linear(
             init.scope("to_state"), (width,), (2, modes), ("embed", None, "rnn"), 1 / (2 * width), bias=False
@@ -251,7 +252,7 @@ def ring(low: float, high: float) -> Initialiser:
 
 
 def gammas(low: float, high: float) -> Initialiser:
-    """gamma_log = log sqrt(1 - |lambda|**2) of the lambda that `ring` draws with the same key (equation 7)."""
+    """gamma_log = log sqrt(1 - |lambda|**2) of the lambda that `ring` draws with the same key (section 3.4)."""
     return lambda key, shape: 0.5 * jnp.log1p(-squares(key, shape, low, high))
 
 
@@ -271,7 +272,7 @@ def in_disk(part) -> Initialiser:
 
 
 def decays(name: str) -> bool:
-    """Weight decay by name: matrices do, but for B; eigenvalues, gamma, A, norms, biases and the table don't (appendix B)."""
+    """Weight decay by name: matrices do, but for B; eigenvalues, gamma, A, norms, biases and the table don't."""
     return name.endswith("kernel") and not name.endswith("to_state/kernel")
 
 
