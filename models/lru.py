@@ -84,8 +84,8 @@ class Block(nnx.Module):
         return x + self.mixed(y, key)
 
     def step(self, x: jax.Array, state: jax.Array, segment_pos: jax.Array, masks: dict[str, jax.Array]):
-        y, state = self.recurrence(self.normed(x), state, segment_pos)
-        return x + self.mixed(y, None), state
+        y, last = self.recurrence(self.normed(x), state, segment_pos)
+        return x + self.mixed(y, None), last
 
     def normed(self, x: jax.Array) -> jax.Array:
         return layer_norm(x, self.norm_scale[...], self.norm_bias[...])
