@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import chat, gemma, griffin, image_studies, nfnet, private, studies
+from configs import chat, gemma, griffin, image_studies, lru, nfnet, private, studies
 from configs.schema import Config
 
 RELEASED: dict[str, Callable[[], Config]] = {
@@ -15,6 +15,7 @@ TINY: dict[str, Callable[[], Config]] = {
     "gemma-tiny": gemma.tiny,
     "gemma1-tiny": gemma.gemma1_tiny,
     "gemma2-tiny": gemma.gemma2_tiny,
+    "lru-tiny": lru.tiny,
 }
 EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **TINY,

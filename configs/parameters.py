@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Config, GemmaConfig, GriffinConfig
+from configs.schema import Config, GemmaConfig, GriffinConfig, LRUConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,18 @@ def gemma(config: GemmaConfig) -> Count:
     return Count(config.depth * (attention + 3 * d * f + norms) + d + embedding, embedding)
 
 
-COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin, "gemma": gemma}  # by kind of model
+def lru(config: LRUConfig) -> Count:
+    d, n = config.width, config.state_size
+    if config.recurrence == "dense":
+        recurrence = 2 * d * n + n * n
+    else:
+        recurrence = 4 * d * n + 2 * n + n * (config.recurrence == "lru")
+    layer = recurrence + d + 2 * d + 2 * d * d + 2 * d  # with the skip D, the norm and the gated unit
+    embedding = config.vocab_size * d
+    return Count(config.depth * layer + d + config.num_classes * (d + 1) + embedding, embedding)
+
+
+COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin, "gemma": gemma, "lru": lru}  # by kind of model
 
 
 def parameter_lines(config: Config) -> list[str]:

@@ -6,6 +6,7 @@ longer fit), "result" (the same batches lead to other parameters). A field witho
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -144,6 +145,55 @@ class GemmaConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LRUConfig(Section):
+    """Linear recurrent units and the recurrences that lead to them: arXiv 2303.06349."""
+
+    section: ClassVar[str] = "model"
+    kind: ClassVar[str] = "lru"
+    pattern: ClassVar[tuple[str, ...]] = ("lru",)
+    logits_soft_cap: ClassVar[float] = 0.0
+    tensors: ClassVar[tuple[str, ...]] = ("input", "rnn_in", "rnn_out", "mlp_up")
+    vocab_size: int = setting(264, "rows of the embedding table", low=2, changes=_ARCH)
+    width: int = setting(128, "model width H", low=1, changes=_ARCH)
+    depth: int = setting(6, "residual blocks", low=1, changes=_ARCH)
+    state_size: int = setting(128, "modes N of a layer's state", low=1, changes=_ARCH)
+    recurrence: str = setting(
+        "lru",
+        "the paper's steps, each with those before it: a dense real matrix, a complex diagonal one, its exponential form, "
+        "which is stable, that form from a ring, and 'lru' with normalised inputs",
+        choices=("dense", "diagonal", "exponential", "ring", "lru"),
+        changes=_ARCH,
+    )
+    r_min: float = setting(
+        0.9, "least modulus of an eigenvalue at the start (ring, lru)", low=0, below=1, changes=_MATH
+    )
+    r_max: float = setting(0.999, "greatest modulus (ring, lru)", above=0, high=1, changes=_MATH)
+    max_phase: float = setting(
+        2 * math.pi, "greatest phase (ring, lru; PathX: pi/10)", above=0, high=2 * math.pi, changes=_MATH
+    )
+    dropout: float = setting(
+        0.0, "share of channels that a block drops, for a whole row", low=0, below=1, changes=_MATH
+    )
+    pooling: str = setting(
+        "none",
+        "what is classified: every token's successor, a sequence by its mean, or by its last token",
+        choices=("none", "mean", "last"),
+        changes=_ARCH,
+    )
+    num_classes: int = setting(0, "classes of a pooled sequence; 0 where nothing is pooled", low=0, changes=_ARCH)
+
+    def check(self) -> None:
+        if self.r_min >= self.r_max:
+            raise ConfigError(f"{self.show('r_min')} is not below {self.show('r_max')}: the ring has no area")
+        if self.pooling == "none" and self.num_classes:
+            raise ConfigError(f"{self.show('num_classes')} contradicts {self.show('pooling')}: tokens have 0 classes")
+        if self.pooling != "none" and self.num_classes < 2:
+            raise ConfigError(
+                f"{self.show('num_classes')} contradicts {self.show('pooling')}: a sequence has 2 or more classes"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NFNetConfig(Section):
     """Normaliser-free ResNets, NFNet-F0 to F7+: arXiv 2102.06171."""
 
@@ -273,7 +323,7 @@ class EvalConfig(Section):
     batches: int = setting(8, "held-out batches an evaluation; 0 for all", low=0)
 
 
-ModelConfig = GriffinConfig | GemmaConfig | NFNetConfig
+ModelConfig = GriffinConfig | GemmaConfig | LRUConfig | NFNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +368,17 @@ class Config:
                     f"{self.model.show('num_classes')} does not fit the {labels} labels of data.labels: {labels} is allowed"
                 )
             check_shared_images(self.data, self.mesh)
+        if isinstance(self.model, LRUConfig):
+            if self.model.pooling != "none":
+                raise ConfigError(
+                    f"{self.model.show('pooling')} contradicts data.kind={self.data.kind!r}, whose labels are those of tokens: "
+                    f"'none' is allowed"
+                )
+            if self.model.recurrence == "dense" and self.mesh.sequence > 1:
+                raise ConfigError(
+                    f"{self.mesh.show('sequence')} contradicts {self.model.show('recurrence')}: devices can't share a sequence "
+                    f"whose states are no products, 1 is allowed"
+                )
         check_remat(self.model, self.trainer)
         check_privacy(self)
         if image and self.trainer.z_loss:
@@ -359,7 +420,7 @@ class Config:
         model, data = self.model, self.data
         if isinstance(model, NFNetConfig) or isinstance(data, ImageData):
             return whole_images(model, data, self.mesh)
-        if model.window <= data.sequence_length:
+        if isinstance(model, LRUConfig) or model.window <= data.sequence_length:
             return []
         return [f"{model.show('window')} is longer than {data.show('sequence_length')}: attention sees whole rows"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models import gemma, griffin, nfnet, state
+from models import gemma, griffin, lru, nfnet, state
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Family:
 FAMILIES = {
     "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays, init_state=state.init_state),
     "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays, init_state=state.init_state),
+    "lru": Family(lru.LRUModel, lru.train_flops, lru.decays, init_state=state.init_state),
     "nfnet": Family(
         nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips, nfnet.below_head, prepare=nfnet.standardised
     ),

@@ -158,8 +158,8 @@ class Stack(nnx.Module):
         tail = list(zip(names, pattern, strict=True))[: depth % len(pattern)]
         self.tail = nnx.Dict({name: make(kind, init.scope("tail").scope(name)) for name, kind in tail})
 
-    def __call__(self, x: jax.Array, *context, remat: Remat = "none") -> jax.Array:
-        """`remat` says what of a layer is kept for the gradient, see models/remat.py.
+    def __call__(self, x: jax.Array, *context, remat: Remat = "none", key: jax.Array | None = None) -> jax.Array:
+        """`remat` says what of a layer is kept for the gradient, see models/remat.py. With a key, a layer takes one of its own.
 
         Where whole layers are computed again, neighbours of one kind are a scan of their own inside that of the groups: a
         layer, not a group, is then what the backward pass has in memory. What such a scan keeps is copied into what the
@@ -168,25 +168,32 @@ class Stack(nnx.Module):
         """
         inner = remat == "layer"
 
-        def apply(layer, x):
-            return layer(named(x, "input"), *context)
+        def apply(layer, carry):
+            x, key = carry
+            if key is None:
+                return layer(named(x, "input"), *context), None
+            key, own = jax.random.split(key)
+            return layer(named(x, "input"), *context, key=own), key
 
-        def through(x, runs: list[list[str]], layers: list, in_scan: bool):
+        def through(carry, runs: list[list[str]], layers: list, in_scan: bool):
             for run, layer in zip(runs, layers, strict=True):
                 with jax.named_scope(run[0]):
                     if len(run) == 1:
-                        x = rematted(apply, remat, in_scan=in_scan)(layer, x)
+                        carry = rematted(apply, remat, in_scan=in_scan)(layer, carry)
                         continue
-                    x, _ = lax.scan(lambda x, one: (rematted(apply, remat, in_scan=True)(one, x), None), x, layer)
-            return x
+                    carry, _ = lax.scan(
+                        lambda c, one: (rematted(apply, remat, in_scan=True)(one, c), None), carry, layer
+                    )
+            return carry
 
+        carry = (x, key)
         if self.num_groups:
             several = self.num_groups > 1  # XLA unrolls a loop over one group
             own = runs(self.pattern, together=inner and several)
             groups = stacked(self.groups, own, axis=1)
-            x, _ = lax.scan(lambda x, group: (through(x, own, group, in_scan=several), None), x, groups)
+            carry, _ = lax.scan(lambda c, group: (through(c, own, group, in_scan=several), None), carry, groups)
         own = runs(self.pattern[: len(self.tail)], together=inner)
-        return through(x, own, stacked(self.tail, own, axis=0), in_scan=False)
+        return through(carry, own, stacked(self.tail, own, axis=0), in_scan=False)[0]
 
     def step(self, x: jax.Array, states: dict, *context) -> tuple[jax.Array, dict]:
         """Layers are called as `layer.step(x, its state, *context)` and return x and what they have to remember.

@@ -23,7 +23,7 @@ class Gemma(LanguageModel):
     """Gemma 1, 2 and 3."""
 
     def __init__(self, config: GemmaConfig, init: Init):
-        super().__init__(config, init, Block, config.padding_rows)
+        super().__init__(config, init, Block, config.padding_rows, mlp=config.mlp_width, heads=config.num_heads)
 
     def scaled(self, x: jax.Array) -> jax.Array:
         return x * embedding_scale(self.config.width, x.dtype)

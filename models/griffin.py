@@ -29,7 +29,8 @@ class Griffin(LanguageModel):
     """Griffin, Hawk, RecurrentGemma, and the paper's Transformer."""
 
     def __init__(self, config: GriffinConfig, init: Init):
-        super().__init__(config, init, Block, rnn=config.rnn_width, gate_blocks=config.num_gate_blocks)
+        sizes = {"mlp": config.mlp_width, "heads": config.num_heads, "rnn": config.rnn_width}
+        super().__init__(config, init, Block, **sizes, gate_blocks=config.num_gate_blocks)
 
     def scaled(self, x: jax.Array) -> jax.Array:
         return x * embedding_scale(self.config.width).astype(x.dtype) if self.config.embedding_scale else x

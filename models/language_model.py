@@ -1,4 +1,4 @@
-"""What Griffin and Gemma have in common: a table, a stack of blocks, a norm, and the table again.
+"""What the language models have in common: a table, a stack of blocks, a norm, and the table again.
 
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
@@ -19,11 +19,12 @@ from models.state import State, advance, visible
 
 class LanguageModel(nnx.Module):
     """Tokens and positions to logits. A family gives its blocks, `block(config, kind, init)`, and the sizes of the logical
-    axes that these have besides `embed`, `mlp`, `heads` and `vocab`; it may scale embeddings."""
+    axes that these have besides `embed` and `vocab`; it may scale embeddings. One with `drops` has blocks that take a key."""
+
+    drops = False
 
     def __init__(self, config: Any, init: Init, block: Callable[..., nnx.Module], padding_rows: int = 0, **sizes: int):
-        sizes |= {"embed": config.width, "mlp": config.mlp_width, "heads": config.num_heads}
-        init = init.fitted(**sizes, vocab=config.vocab_size + padding_rows)
+        init = init.fitted(**sizes, embed=config.width, vocab=config.vocab_size + padding_rows)
         self.config, self.spec = config, init.spec
         self.embedding = Embedding(init.scope("embedding"), config.vocab_size, config.width, padding_rows)
         self.layers = Stack(
@@ -62,13 +63,14 @@ class LanguageModel(nnx.Module):
         dtype: jnp.dtype,
         remat: Remat = "none",
         state: State | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, State]:
-        """What the table turns into logits (B T D), in `dtype`; otherwise as the call."""
+        """What the table turns into logits (B T D), in `dtype`; otherwise as the call. Without a key nothing is dropped."""
         model = cast_kernels(self, dtype)
         segment_pos = reshard(segment_pos, self.embedding.spec("batch", "seq"))
         x = self.scaled(self.embedding(tokens, dtype))
         if state is None:
-            x = model.layers(x, segment_pos, remat=remat)
+            x = model.layers(x, segment_pos, remat=remat, key=dropout_key if self.drops else None)
         else:
             documents, masks = visible(state, segment_pos, self.config)
             x, layers = model.layers.step(x, state.layers, segment_pos, masks)

@@ -57,12 +57,20 @@ class Init:
         return replace(self, spec=fitted(self.spec, **sizes))
 
     def param(
-        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], initialiser: Initialiser
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        initialiser: Initialiser,
+        draw: str | None = None,
     ) -> nnx.Param:
-        """A float32 parameter of `shape`, divided over the mesh by its logical `axes` (one per dimension), see `storage`."""
+        """A float32 parameter of `shape`, divided over the mesh by its logical `axes` (one per dimension), see `storage`.
+
+        Parameters of one `draw`, by default their name, start from the same random numbers.
+        """
         if len(shape) != len(axes):
             raise ValueError(f"parameter {name}: shape {shape} has {len(shape)} axes, {axes} names {len(axes)}")
-        key, spec = _fold_name(self.key, name), storage(self.spec, shape, axes)
+        key, spec = _fold_name(self.key, draw or name), storage(self.spec, shape, axes)
         if self.num_layers is None:
             value = initialiser(key, shape)
         else:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import register_dataclass
 
-from configs.schema import GemmaConfig, GriffinConfig
+from configs.schema import GemmaConfig, GriffinConfig, LRUConfig
 from models.blocks import MASKED
 from models.params import Spec
 
+ModelConfig = GriffinConfig | GemmaConfig | LRUConfig
 EMPTY = -1  # the document of a slot that holds no token yet; real ones count from 0
 
 
@@ -55,8 +56,10 @@ class Ring:
     head: int  # H
 
 
-def reaches(config: GriffinConfig | GemmaConfig) -> dict[str, int | None]:
+def reaches(config: ModelConfig) -> dict[str, int | None]:
     """By kind of attention, how many tokens before its own a query sees; None: all."""
+    if isinstance(config, LRUConfig):
+        return {}
     if isinstance(config, GriffinConfig):
         found: dict[str, int | None] = {"attn": config.window}
     else:
@@ -64,8 +67,10 @@ def reaches(config: GriffinConfig | GemmaConfig) -> dict[str, int | None]:
     return {kind: left for kind, left in found.items() if kind in config.pattern}
 
 
-def rings(config: GriffinConfig | GemmaConfig, capacity: int) -> dict[str, Ring]:
+def rings(config: ModelConfig, capacity: int) -> dict[str, Ring]:
     """By kind of attention. A window bounds what there is to remember; without one it is `capacity` tokens."""
+    if isinstance(config, LRUConfig):
+        return {}
     if isinstance(config, GriffinConfig):
         heads, head = 1, config.width // config.num_heads
     else:
@@ -75,7 +80,7 @@ def rings(config: GriffinConfig | GemmaConfig, capacity: int) -> dict[str, Ring]
     return {kind: Ring(size, heads, head) for kind, size in sizes.items()}
 
 
-def init_state(config: GriffinConfig | GemmaConfig, batch: int, dtype: jnp.dtype, spec: Spec, capacity: int) -> State:
+def init_state(config: ModelConfig, batch: int, dtype: jnp.dtype, spec: Spec, capacity: int) -> State:
     """The state before the first token, for activations in `dtype`, divided over the mesh like them.
 
     `capacity`: tokens that will be read in all, padding included; attention without a window forgets the rest.
@@ -88,6 +93,10 @@ def init_state(config: GriffinConfig | GemmaConfig, batch: int, dtype: jnp.dtype
         return jnp.zeros(shape, dtype, out_sharding=spec(*axes))
 
     def layer(kind: str, num_layers: int | None):
+        if isinstance(config, LRUConfig):
+            dense = config.recurrence == "dense"
+            kept, modes = (jnp.float32, None) if dense else (jnp.complex64, "rnn")
+            return zeros((batch, config.state_size), kept, ("batch", modes), num_layers)
         if kind == "rec":
             assert isinstance(config, GriffinConfig)
             return RecurrenceState(
@@ -115,9 +124,7 @@ def init_state(config: GriffinConfig | GemmaConfig, batch: int, dtype: jnp.dtype
     )
 
 
-def visible(
-    state: State, segment_pos: jax.Array, config: GriffinConfig | GemmaConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def visible(state: State, segment_pos: jax.Array, config: ModelConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Documents (B T) of the tokens of a call, and which keys each sees, by kind of attention (B T W+T): the ring's slots,
     then the call's.
 
@@ -156,7 +163,7 @@ def advance(state: State, layers: Any, documents: jax.Array) -> State:
     """The state after a call. `layers` holds each recurrence's new state and each attention's keys and values (B T K H)."""
 
     def put(old, new):
-        if isinstance(old, RecurrenceState):
+        if not isinstance(old, KeyValues):
             return new
         axis = old.keys.ndim - 3
         return KeyValues(*(write(o, n, state.index, axis) for o, n in ((old.keys, new.keys), (old.values, new.values))))
@@ -200,8 +207,11 @@ def state_bytes(state: State) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim) // state.document.size
 
 
-def transformer_bytes(config: GriffinConfig | GemmaConfig, length: int, dtype: jnp.dtype) -> int:
+def transformer_bytes(config: ModelConfig, length: int, dtype: jnp.dtype) -> int:
     """Keys and values of `length` tokens in a Transformer of this depth and these heads, all of whose layers are global."""
     ring = next(iter(rings(config, length).values()), None)
-    heads, head = (ring.num_heads, ring.head) if ring else (1, config.width // config.num_heads)
+    if ring:
+        heads, head = ring.num_heads, ring.head
+    else:  # as Griffin's attention would have them; an LRU has no heads to go by
+        heads, head = 1, config.width // getattr(config, "num_heads", 1)
     return config.depth * 2 * heads * head * length * jnp.dtype(dtype).itemsize

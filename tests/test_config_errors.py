@@ -216,11 +216,11 @@ def test_a_contradiction_with_a_file_says_which_field_is_from_it(tmp_path):
         (
             "model",
             {},
-            "config.json: model.kind is missing, one of griffin, gemma, nfnet "
+            "config.json: model.kind is missing, one of griffin, gemma, lru, nfnet "
             "(part of a config can follow the name of one: --config config.json)",
         ),
         ("model", {"kind": "grifin"}, "config.json: model.kind='grifin' does not exist, perhaps griffin"),
-        ("model", {"kind": []}, "config.json: model.kind=[] does not exist, there are griffin, gemma, nfnet"),
+        ("model", {"kind": []}, "config.json: model.kind=[] does not exist, there are griffin, gemma, lru, nfnet"),
         (
             "data",
             {"kind": "images"},

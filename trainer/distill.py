@@ -34,14 +34,14 @@ def distilled(task: Task, config: Config, manifest: dict) -> Task:
     dtype = jnp.dtype(trainer.compute_dtype)
     assert not isinstance(model, NFNetConfig)
 
-    def output(model: Any, batch: Batch, remat: Remat) -> Output:
-        x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat)
+    def output(model: Any, batch: Batch, remat: Remat, dropout_key: jax.Array | None = None) -> Output:
+        x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat, dropout_key=dropout_key)
         return Output(x, model.embedding.table[...], model.config.logits_soft_cap)
 
     def loss(model: Any, batch: Batch, key: jax.Array, *, teacher: Any) -> tuple[jax.Array, Sums]:
         student = task.whole(model)
         log_z, target, expected = log_z_target_and_expected(
-            output(student, batch, remat_of(trainer)),
+            output(student, batch, remat_of(trainer), jax.random.fold_in(key, 1)),
             output(jax.lax.stop_gradient(teacher), batch, "none"),
             batch["targets"],
             key,

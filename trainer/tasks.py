@@ -69,7 +69,7 @@ def language_modelling(config: Config) -> Task:
     assert not isinstance(config.model, NFNetConfig)
 
     def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        nats, log_z = token_losses(config, model, batch)
+        nats, log_z = token_losses(config, model, batch, key)
         weights = reshard(batch["weights"], jax.typeof(nats).sharding.spec)  # devices may share a sequence
         tokens = jnp.maximum(jnp.sum(weights), 1.0)
         mean = jnp.sum(weights * nats) / tokens
@@ -277,11 +277,15 @@ def logit_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
-def token_losses(config: Config, model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def token_losses(
+    config: Config, model: Any, batch: Batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """-log p (nats) of every target and the logarithm of its softmax's sum, (B T) each, in float32 and not yet weighted."""
     assert not isinstance(config.model, NFNetConfig)
     dtype, trainer = jnp.dtype(config.trainer.compute_dtype), config.trainer
-    x = model.features(batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat_of(trainer))
+    x = model.features(
+        batch["tokens"], batch["segment_pos"], dtype=dtype, remat=remat_of(trainer), dropout_key=dropout_key
+    )
     log_z, target = model.embedding.without_logits(
         log_z_and_target, x, batch["targets"], config.model.logits_soft_cap, trainer.logits_mib
     )
