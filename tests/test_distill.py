@@ -285,11 +285,12 @@ def loss_and_gradient(config: Config, teacher: Config, sizes: MeshConfig | None,
     return float(total), {n: float(v) for n, v in metrics.items()}, jax.device_get(gradient), logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("samples", "sizes"),
     [
         pytest.param(0, MeshConfig(data=2, fsdp=2, tensor=2), id="all"),
-        pytest.param(40, MeshConfig(data=1, fsdp=8), id="40 samples", marks=pytest.mark.slow),
+        pytest.param(40, MeshConfig(data=1, fsdp=8), id="40 samples"),
     ],  # 8 don't divide the teacher's width
 )
 def test_a_griffin_teaches_a_gemma(tmp_path, samples, sizes):

@@ -239,10 +239,9 @@ def test_remat_changes_no_gradient(golden_model):
         )
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, *others = (named_leaves(gradient(golden_model, remat)) for remat in ("none", "dots", "layer"))
-    for again in others:
-        for name in plain:
-            np.testing.assert_allclose(plain[name], again[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    plain, again = (named_leaves(gradient(golden_model, remat)) for remat in ("none", "dots"))
+    for name in plain:
+        np.testing.assert_allclose(plain[name], again[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_bfloat16_stays_near_float32(golden_model):

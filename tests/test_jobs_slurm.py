@@ -101,7 +101,10 @@ def test_a_sweep_is_a_job_for_each_run(queue, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sweeps.SWEEPS, "two", sweep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     first, second = (folder_name(config) for config in sweep())
-    tell(queue, stub=f"case $PWD in *{first}*) exit 3;; esac; exit 0")
+    monkeypatch.setattr("launch.pool.PAUSE", 0.0)
+    # One is at fault; the other could not reach storage at first, after which Slurm does not start it again.
+    once = tmp_path / "once"
+    tell(queue, stub=f"case $PWD in *{first}*) exit 3;; esac; [ -e {once} ] || {{ touch {once}; exit 4; }}; exit 0")
     to = tmp_path / "runs"
     command = ["sweep", "two", *f"--on slurm --topology v5p-16 --partition tpu --to {to}".split()]
     assert main([*command, "--dry-run"]) == 0
@@ -112,4 +115,4 @@ def test_a_sweep_is_a_job_for_each_run(queue, tmp_path, monkeypatch, capfd):
     assert "1 of 2 runs are done" in said
     with fake_gcloud.state(queue) as state:
         names = sorted(one["name"] for one in state["jobs"].values())
-    assert names == sorted([first, second])
+    assert names == sorted([first, second, second])

@@ -197,7 +197,8 @@ def test_where_the_gradient_is_zero_nothing_climbs_and_nothing_is_nan():
         assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), there))
 
 
-@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_devices_that_climb_alone_average_what_they_find_there(one_device, share):
     """Against a loop over the devices' rows; on a mesh that divides parameters, too."""
     rows = np.arange(16).reshape(8, 2)

@@ -32,7 +32,7 @@ def sha(lowered) -> str:
             "griffin-tiny",
             "--mesh.fsdp 4 --mesh.tensor 2 --trainer.microbatches 2 --data.batch_size 16 --model.mlp_width 63",
         ),
-        ("nfnet-tiny", "--mesh.data 2 --mesh.fsdp 4 --data.batch_size 8"),
+        pytest.param("nfnet-tiny", "--mesh.data 2 --mesh.fsdp 4 --data.batch_size 8", marks=pytest.mark.slow),
     ],
 )
 def test_train_compiles_the_program_that_plan_compiles(name, mesh, tmp_path, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_train_compiles_the_program_that_plan_compiles(name, mesh, tmp_path, mon
     assert all(f"note        {sentence}\n" in capsys.readouterr().out for sentence in fallen)
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("evaluates", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_train_and_plan_compile_with_the_options_of_the_chips(evaluates, tmp_path, monkeypatch):
     """An option that no compiler has is noticed wherever it is given."""
     flag = Flag("xla_no_such_option", "true", "to be noticed")

@@ -82,7 +82,8 @@ def test_another_seed_gives_other_rows():
 
 def test_the_error_rate_is_the_share_of_questions_whose_likeliest_symbol_is_wrong():
     config = EXPERIMENTS["induction-griffin-tiny"]()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=512))
+    model = dataclasses.replace(config.model, pattern=("rec", "attn"), depth=2)
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, batch_size=512))
     task, mesh, data = make_task(config), one_device_mesh(), open_data(config.data)
     with jax.set_mesh(mesh):
         spec = rules_for(mesh).spec

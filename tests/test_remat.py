@@ -80,7 +80,15 @@ def check_equal(name: str, rung: str) -> None:
         np.testing.assert_allclose(again[1][leaf], expected, rtol=1e-4, atol=1e-5 * size, err_msg=f"{rung}: {leaf}")
 
 
-@pytest.mark.parametrize(("name", "rung"), [(name, rung) for name in SMALL for rung in rungs(name)])
+@pytest.mark.parametrize(
+    ("name", "rung"),
+    [
+        # Of Griffin test_griffin.py has it.
+        pytest.param(name, rung, marks=pytest.mark.slow if (name, rung) == ("griffin-tiny", "dots") else [])
+        for name in SMALL
+        for rung in rungs(name)
+    ],
+)
 def test_no_rung_changes_a_loss_or_a_gradient(one_device, name, rung):
     check_equal(name, rung)
 

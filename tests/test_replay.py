@@ -90,6 +90,7 @@ def test_changed_data_is_refused(text_run, tmp_path):
     assert "changed since it was trained (sources" in err
 
 
+@pytest.mark.slow
 def test_images_are_replayed_too(tmp_path):
     words = ["--trainer.steps", "2", "--eval.every", "0"]
     code, _, err = finish(train_command("nfnet-tiny", tmp_path / "run", *words))

@@ -12,7 +12,7 @@ MESH = "--mesh.simulated_devices 8 --mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
 REST = {"nfnet-tiny": "--optimizer.ema 0.999 --optimizer.sam_rho 0.05 --optimizer.sam_share 0.5"}
 CASES = [
     pytest.param("griffin-tiny", "", id="griffin-tiny"),
-    pytest.param("nfnet-tiny", "", id="nfnet-tiny"),
+    pytest.param("nfnet-tiny", "", id="nfnet-tiny", marks=pytest.mark.slow),
     pytest.param("gemma-tiny", "", id="gemma-tiny", marks=pytest.mark.slow),
     pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow),
 ]

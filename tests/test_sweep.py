@@ -226,9 +226,10 @@ def test_a_sweep_runs_what_is_missing_and_then_nothing(three, tmp_path, capsys):
         assert json.loads((folder / "config.json").read_text())["optimizer"]["learning_rate"] == rate
         assert sorted(read_metrics(folder, "train")) == [1, 2, 3, 4]
         assert list(read_metrics(folder, "eval")) == [4]
-    written = {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders}
+    logs = {log: log.read_text() for log in tmp_path.glob("logs/*.txt")}
+    assert len(logs) == 3
     assert main(["three", "--to", str(tmp_path)]) == 0
-    assert written == {folder: (folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders}
+    assert {log: log.read_text() for log in logs} == logs  # none was even started
 
 
 def test_what_failed_is_told_with_its_sentence_and_its_exit_code(three, tmp_path, capsys):
