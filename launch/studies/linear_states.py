@@ -17,17 +17,28 @@ TARGETS = ("FIR", "Volterra", "Van der Pol")
 def eigenvalues(seed: int, modes: int, ring: tuple[float, float], real: bool):
     """lambda (N), complex64 as an LRU draws it, or float32 of the same moduli and random signs; and gamma (N)."""
     import jax
+
+    return drawer()(jax.random.key(seed), modes, ring, real)
+
+
+@functools.cache
+def drawer():
+    import jax
     import jax.numpy as jnp
 
     from models import lru
 
-    moduli, phases = jax.random.split(jax.random.key(seed))
-    modulus = jnp.exp(-jnp.exp(lru.ring(*ring)(moduli, (modes,))))
-    gamma = jnp.exp(lru.gammas(*ring)(moduli, (modes,)))
-    if real:
-        return jnp.where(jax.random.bernoulli(phases, 0.5, (modes,)), modulus, -modulus), gamma
-    phase = jnp.exp(lru.phases(2 * jnp.pi)(phases, (modes,)))
-    return jax.lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase)), gamma
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
+    def draw(key, modes: int, ring: tuple[float, float], real: bool):
+        moduli, phases = jax.random.split(key)
+        modulus = jnp.exp(-jnp.exp(lru.ring(*ring)(moduli, (modes,))))
+        gamma = jnp.exp(lru.gammas(*ring)(moduli, (modes,)))
+        if real:
+            return jnp.where(jax.random.bernoulli(phases, 0.5, (modes,)), modulus, -modulus), gamma
+        phase = jnp.exp(lru.phases(2 * jnp.pi)(phases, (modes,)))
+        return jax.lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase)), gamma
+
+    return draw
 
 
 def states(eigenvalue, gamma, inputs: np.ndarray) -> np.ndarray:
