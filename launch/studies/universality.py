@@ -329,12 +329,14 @@ def draw_maps(figures: Figures, by_d, by_n, linear) -> None:
             at = [place + shift] * len(one["errors"])
             linear.plot([1 - e**2 for e in one["errors"]], at, "o", color=edge, markerfacecolor=fill, markersize=5)
     guide = np.array(widths, float)
-    by_d.plot(guide, 1.0 * (guide / guide[0]) ** -0.5, color="black", linestyle="--", label="D^-0.50, of the bound")
+    by_d.plot(guide, (guide / guide[0]) ** -0.5, color="black", linestyle="--", label="D^-0.50, of the bound")
     by_n.axvline(figures["sizes"]["dimensions"] / 2, color=GREY, linestyle=":")
     by_d.set(title=f"one MLP for all steps, N = {sizes[-1]}", xlabel="D", ylabel="relative error")
     by_n.set(title=f"modes (lines: D = {widths[-1]}, dots: linear)", xlabel="N", ylabel="relative error")
-    for axes in (by_d, by_n):
+    for axes, places in ((by_d, widths), (by_n, sizes)):
         axes.set(xscale="log", yscale="log")
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.xaxis.minorticks_off()
         axes.legend(frameon=False, fontsize=7)
     linear.set_yticks(range(len(TARGETS)), TARGETS)
     linear.set(title="open: linear, full: MLP\n(blue: complex, red: real modes)", xlabel="R²", xlim=(-0.05, 1.03))
