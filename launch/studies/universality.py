@@ -215,11 +215,11 @@ def table(figures: Figures) -> list[str]:
         lines.append(f"{name:<40}" + "".join(f"{np.mean(one['errors']):>9.4f}" for one in group))
         if not real:
             lines.append(f"{'  unreachable':<40}" + "".join(f"{one['bound']:>9.4f}" for one in group))
-    lines += ["", f"{'error of a map, D (seeds)':<40}{'linear':>18}" + "".join(f"{width:>18}" for width in widths)]
+    lines += ["", f"{'error of a map, D (seeds)':<40}{'linear':>21}" + "".join(f"{width:>21}" for width in widths)]
     for (target, real, modes), group in grouped(figures["maps"], "target", "real", "modes"):
         at = {one["width"]: f"{np.mean(one['errors']):.3f} ({spread(one['errors'])})" for one in group}
         name = f"{target}, {'real' if real else 'complex'}, N = {modes}"
-        lines.append(f"{name:<40}" + "".join(f"{at.get(width, ''):>18}" for width in (LINEAR, *widths)))
+        lines.append(f"{name:<40}" + "".join(f"{at.get(width, ''):>21}" for width in (LINEAR, *widths)))
     lines.append("")
     for target, errors in by_width(figures).items():
         lines.append(f"{target}: error falls as D to the power {slope(widths, errors):.2f}; the bound has -0.50")
@@ -332,7 +332,7 @@ def draw_maps(figures: Figures, by_d, by_n, linear) -> None:
     by_d.plot(guide, (guide / guide[0]) ** -0.5, color="black", linestyle="--", label="D^-0.50, of the bound")
     by_n.axvline(figures["sizes"]["dimensions"] / 2, color=GREY, linestyle=":")
     by_d.set(title=f"one MLP for all steps, N = {sizes[-1]}", xlabel="D", ylabel="relative error")
-    by_n.set(title=f"modes (lines: D = {widths[-1]}, dots: linear)", xlabel="N", ylabel="relative error")
+    by_n.set(title=f"modes (full: D = {widths[-1]}, dotted: linear)", xlabel="N", ylabel="relative error")
     for axes, places in ((by_d, widths), (by_n, sizes)):
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(places, [str(place) for place in places])
