@@ -120,7 +120,8 @@ def maps(sizes: Sizes) -> list[dict[str, Any]]:
 def one_map(sizes: Sizes, target: str, real: bool, modes: int, width: int, seed: int) -> float:
     """Relative error, sqrt(1 - R**2), on sequences that were not trained on."""
     inputs = smooth(sizes, seed)
-    x = whitened(states(*eigenvalues(seed, modes, DISK if real else RING, real), inputs), sizes.sequences)
+    eigenvalue, gamma = eigenvalues(seed, modes, DISK if real else RING, real)
+    x = whitened(states(eigenvalue, gamma, inputs), sizes.sequences)
     y = wanted(target, inputs, seed)
     # Every step of every sequence is a row: one MLP serves them all.
     x, y = (of.reshape(-1, of.shape[-1]) for of in (x, y))
