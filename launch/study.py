@@ -11,7 +11,7 @@ from configs.overrides import resolve
 from configs.schema import ConfigError
 from configs.suggestions import perhaps
 from launch.studies import STUDIES
-from launch.studies.study import BESIDE, Study, new_figure
+from launch.studies.study import BESIDE, Measure, Study, new_figure
 
 DIVERGED = 5  # exit code
 USAGE = """\
@@ -28,6 +28,9 @@ def main(argv: list[str]) -> int:
     if name not in STUDIES:
         raise ConfigError(f"there is no study {name!r}, {perhaps(name, STUDIES)}")
     study = STUDIES[name]
+    if not study.configs:
+        alone(name, study, rest)
+        return 0
     configs = study.full if "--full" in rest else study.configs
     options = {"to": "DIR", "full": ""}
     runs_words = {config: [*config.split()[1:], *rest] for config in configs}
@@ -43,8 +46,22 @@ def main(argv: list[str]) -> int:
         code = subprocess.run([sys.executable, "-m", "launch", *command]).returncode
         if code and not (study.may_diverge and code == DIVERGED):
             return code
-    report(study, runs, folder, figure)
+    report(study, study.measure, runs, folder, figure)
     return 0
+
+
+def alone(name: str, study: Study, argv: list[str]) -> None:
+    """A study without runs. Raises ConfigError."""
+    from launch.cli import Parser
+
+    parser = Parser(prog=f"podwright study {name}")
+    parser.add_argument("--to", default=f"runs/study-{name}", metavar="DIR")
+    parser.add_argument("--full", action="store_true")
+    options = parser.parse_args(argv)
+    folder, figure = pathlib.Path(options.to), new_figure()
+    folder.mkdir(parents=True, exist_ok=True)
+    measure = study.measure_full if options.full and study.measure_full else study.measure
+    report(study, measure, {}, folder, figure)
 
 
 def folder_name(words: str) -> str:
@@ -64,9 +81,9 @@ def overrides(argv: list[str]) -> list[str]:
     return kept
 
 
-def report(study: Study, runs: dict[str, pathlib.Path], folder: pathlib.Path, figure) -> None:
+def report(study: Study, measure: Measure, runs: dict[str, pathlib.Path], folder: pathlib.Path, figure) -> None:
     print("\nmeasuring", flush=True)
-    figures = study.measure(runs)
+    figures = measure(runs)
     study.draw(figures, figure)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     figure.savefig(folder / "plot.svg", metadata={"Date": None})

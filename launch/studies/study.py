@@ -9,6 +9,9 @@ from typing import Any
 from configs.schema import Config, ConfigError
 
 Figures = dict[str, Any]  # JSON-able
+Measure = Callable[
+    [dict[str, pathlib.Path]], Figures
+]  # from run folders by the words of their configs, all of them trained
 BESIDE = "BESIDE"  # in the words of a study's run: the folder in which all of its runs are
 COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  # the same in every plot
 
@@ -16,12 +19,14 @@ COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  #
 @dataclass(frozen=True)
 class Study:
     question: str  # one line
-    configs: tuple[str, ...]  # small enough for a laptop; a config's name, and overrides
+    # Small enough for a laptop; a config's name, and overrides. None where `measure` itself trains what is too small for a run.
+    configs: tuple[str, ...]
     full: tuple[str, ...]  # as published
-    measure: Callable[[dict[str, pathlib.Path]], Figures]  # run folders by those words, all of them trained
+    measure: Measure
     table: Callable[[Figures], list[str]]
     draw: Callable[[Figures, Any], None]  # on a matplotlib figure
     may_diverge: bool = False  # whether a run that ends in NaNs is a result, too
+    measure_full: Measure | None = None  # with --full, of a study without runs
 
 
 def family(config: str) -> str:
