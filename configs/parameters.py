@@ -37,7 +37,7 @@ def gemma(config: GemmaConfig) -> Count:
 
 def lru(config: LRUConfig) -> Count:
     d, n = config.width, config.state_size
-    if config.recurrence == "dense":
+    if config.dense:
         recurrence = 2 * d * n + n * n
     else:
         recurrence = 4 * d * n + 2 * n + n * (config.recurrence == "lru")

@@ -159,9 +159,10 @@ class LRUConfig(Section):
     state_size: int = setting(128, "modes N of a layer's state", low=1, changes=_ARCH)
     recurrence: str = setting(
         "lru",
-        "the paper's steps, each with those before it: a dense real matrix, a complex diagonal one, its exponential form, "
-        "which is stable, that form from a ring, and 'lru' with normalised inputs",
-        choices=("dense", "diagonal", "exponential", "ring", "lru"),
+        "the paper's steps: vanilla RNNs (tanh, relu), a dense real matrix without their nonlinearity, and from there on each "
+        "with those before it: a complex diagonal one, its exponential form, which is stable, that form from a ring, and "
+        "'lru' with normalised inputs",
+        choices=("tanh", "relu", "dense", "diagonal", "exponential", "ring", "lru"),
         changes=_ARCH,
     )
     r_min: float = setting(
@@ -181,6 +182,11 @@ class LRUConfig(Section):
         changes=_ARCH,
     )
     num_classes: int = setting(0, "classes of a pooled sequence; 0 where nothing is pooled", low=0, changes=_ARCH)
+
+    @property
+    def dense(self) -> bool:
+        """Whether a state is multiplied with a whole matrix, step by step."""
+        return self.recurrence in ("tanh", "relu", "dense")
 
     def check(self) -> None:
         if self.r_min >= self.r_max:
@@ -374,7 +380,7 @@ class Config:
                     f"{self.model.show('pooling')} contradicts data.kind={self.data.kind!r}, whose labels are those of tokens: "
                     f"'none' is allowed"
                 )
-            if self.model.recurrence == "dense" and self.mesh.sequence > 1:
+            if self.model.dense and self.mesh.sequence > 1:
                 raise ConfigError(
                     f"{self.mesh.show('sequence')} contradicts {self.model.show('recurrence')}: devices can't share a sequence "
                     f"whose states are no products, 1 is allowed"

@@ -72,7 +72,7 @@ class Block(nnx.Module):
     """x + drop(GLU(drop(gelu(recurrence(norm(x)))))) (the paper's figure 1, with layer norm in place of batch norm)."""
 
     def __init__(self, config: LRUConfig, kind: str, init: Init):
-        width, recurrence = config.width, Dense if config.recurrence == "dense" else LRU
+        width, recurrence = config.width, Dense if config.dense else LRU
         self.norm_scale = init.param("norm_scale", (width,), (None,), ones)
         self.norm_bias = init.param("norm_bias", (width,), (None,), zeros)
         self.recurrence = recurrence(config, init.scope("recurrence"))
@@ -154,7 +154,8 @@ class LRU(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """x_k = A x_{k-1} + B u_k,  y_k = C x_k + D u_k, all real: the RNN without its nonlinearity (section 3.1).
+    """x_k = f(A x_{k-1} + B u_k),  y_k = C x_k + D u_k, all real: a vanilla RNN with f = tanh or relu (section 2), and the
+    same without its nonlinearity (section 3.1).
 
     Each step is a matrix product that needs all of a state, so every device has whole states, and time is a loop.
     """
@@ -165,7 +166,10 @@ class Dense(nnx.Module):
         self.from_state = Linear(init.scope("from_state"), (modes,), (width,), (None, "embed"), 1 / modes, bias=False)
         self.transition = init.param("transition", (modes, modes), (None, None), normal(1 / modes))
         self.skip = init.param("skip", (width,), (None,), normal(1.0))
-        self.spec = init.spec
+        self.recurrence, self.spec = config.recurrence, init.spec
+
+    def nonlinear(self, x: jax.Array) -> jax.Array:
+        return {"tanh": jnp.tanh, "relu": jax.nn.relu, "dense": lambda x: x}[self.recurrence](x)
 
     @jax.named_scope("recurrence")
     def __call__(self, u: jax.Array, x0: jax.Array | None, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -177,7 +181,8 @@ class Dense(nnx.Module):
 
         def one(x, now):
             bu, start = now
-            x = jnp.einsum("bn,mn->bm", jnp.where(start[:, None], 0.0, x), self.transition[...], out_sharding=row) + bu
+            ax = jnp.einsum("bn,mn->bm", jnp.where(start[:, None], 0.0, x), self.transition[...], out_sharding=row)
+            x = self.nonlinear(ax + bu)
             return x, x
 
         last, x = lax.scan(one, x0, (jnp.swapaxes(inputs, 0, 1), jnp.swapaxes(segment_pos == 0, 0, 1)))
@@ -279,5 +284,5 @@ def decays(name: str) -> bool:
 def train_flops(config: LRUConfig, length: int) -> float:
     """Matrix FLOPs a token of one training step (backward = 2 x forward)."""
     d, n = config.width, config.state_size
-    recurrence = 2 * d * n + n * n if config.recurrence == "dense" else 4 * d * n
+    recurrence = 2 * d * n + n * n if config.dense else 4 * d * n
     return 3 * 2 * (config.depth * (recurrence + 2 * d * d) + d * (config.num_classes / length or config.vocab_size))

@@ -80,7 +80,7 @@ def divided_further(mesh: dict[str, int], times: int) -> dict[str, int]:
 
 def divides(config: Config, tensor: int, sequence: int) -> bool:
     model: Any = config.model
-    if getattr(model, "recurrence", "") == "dense" and sequence > 1:
+    if getattr(model, "dense", False) and sequence > 1:
         return False
     whole = [getattr(model, size, tensor) for size in ("num_heads", "mlp_width", "rnn_width", "state_size")]
     return all(size % tensor == 0 for size in whole) and config.data.sequence_length % sequence == 0  # type: ignore[union-attr]

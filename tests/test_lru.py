@@ -24,7 +24,8 @@ from trainer.program import make_program
 from trainer.tasks import make_task
 
 SMALL = dict(vocab_size=11, width=6, depth=2, state_size=5)
-STEPS = ("dense", "diagonal", "exponential", "ring", "lru")
+DENSE = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, 0), "dense": lambda x: x}
+STEPS = (*DENSE, "diagonal", "exponential", "ring", "lru")
 # One document, several of a few tokens, a row that begins within a document, padding on the left.
 POSITIONS = np.array(
     [[*range(12)], [*range(3), 0, *range(5), 0, 1, 2], [*range(4, 9), *range(7)], [-1] * 4 + [*range(8)]], np.int32
@@ -33,7 +34,7 @@ TOKENS = np.random.default_rng(0).integers(0, 11, POSITIONS.shape).astype(np.int
 
 
 def layer(config: LRUConfig) -> LRU | Dense:
-    kind = Dense if config.recurrence == "dense" else LRU
+    kind = Dense if config.recurrence in DENSE else LRU
     return kind(config, Init(jax.random.key(1), Rules().spec))
 
 
@@ -41,8 +42,11 @@ def values_of(module) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(module).items()}
 
 
-def recurrent(v: dict[str, np.ndarray], u: np.ndarray, positions: np.ndarray, x: np.ndarray | None = None):
+def recurrent(
+    recurrence: str, v: dict[str, np.ndarray], u: np.ndarray, positions: np.ndarray, x: np.ndarray | None = None
+):
     """y (B T D) and the last state, step by step in complex128, from parameters by name."""
+    nonlinear = DENSE.get(recurrence, lambda x: x)
     if "transition" in v:
         a, b, c = v["transition"], v["to_state/kernel"].T, v["from_state/kernel"].T
     else:
@@ -54,22 +58,22 @@ def recurrent(v: dict[str, np.ndarray], u: np.ndarray, positions: np.ndarray, x:
         b = v["to_state/kernel"][:, 0].T + 1j * v["to_state/kernel"][:, 1].T
         b = np.exp(v.get("gamma_log", np.zeros(len(a))))[:, None] * b
         c = v["from_state/kernel"][0].T + 1j * v["from_state/kernel"][1].T
-    x = np.zeros((len(u), len(a)), complex) if x is None else x
+    x = np.zeros((len(u), len(a)), float if recurrence in DENSE else complex) if x is None else x
     y = np.empty_like(u)
     for t in range(u.shape[1]):
-        x = np.where(positions[:, t, None] == 0, 0, x) @ a.T + u[:, t] @ b.T
+        x = nonlinear(np.where(positions[:, t, None] == 0, 0, x) @ a.T + u[:, t] @ b.T)
         y[:, t] = (x @ c.T).real + v["skip"] * u[:, t]
     return y, x
 
 
-def logits_of(v: dict[str, np.ndarray], depth: int) -> np.ndarray:
+def logits_of(recurrence: str, v: dict[str, np.ndarray], depth: int) -> np.ndarray:
     """Of the whole model, on TOKENS."""
     x = v["embedding/table"][TOKENS]
     for i in range(depth):
         block = {n.removeprefix("layers/groups/lru_0/"): p[i] for n, p in v.items() if n.startswith("layers/")}
         z = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         z = z * block["norm_scale"] + block["norm_bias"]
-        z, _ = recurrent({n.removeprefix("recurrence/"): p for n, p in block.items()}, z, POSITIONS)
+        z, _ = recurrent(recurrence, {n.removeprefix("recurrence/"): p for n, p in block.items()}, z, POSITIONS)
         z = z * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
         one, two = np.moveaxis(np.einsum("btd,dke->btke", z, block["glu/kernel"]) + block["glu/bias"], 2, 0)
         x = x + one / (1 + np.exp(-two))
@@ -98,12 +102,12 @@ def test_each_step_of_the_ablation_is_a_loop_over_time_with_its_gradients(recurr
     unit = moved(layer(LRUConfig(**SMALL, recurrence=recurrence)))
     rng = np.random.default_rng(0)
     u, dy = rng.normal(size=(2, *POSITIONS.shape, 6))
-    x0 = rng.normal(size=(4, 5)) + (0 if recurrence == "dense" else 1j * rng.normal(size=(4, 5)))
-    dtype, modes = (jnp.float32, None) if recurrence == "dense" else (jnp.complex64, "rnn")
+    x0 = rng.normal(size=(4, 5)) + (0 if recurrence in DENSE else 1j * rng.normal(size=(4, 5)))
+    dtype, modes = (jnp.float32, None) if recurrence in DENSE else (jnp.complex64, "rnn")
     start = reshard(jnp.asarray(x0, dtype), Rules().spec("batch", modes))
-    values = values_of(unit)
+    values, loop = values_of(unit), functools.partial(recurrent, recurrence)
     run = jax.jit(lambda m, u, x0: m(u, x0, POSITIONS))
-    for given, expected in ((None, recurrent(values, u, POSITIONS)), (start, recurrent(values, u, POSITIONS, x0))):
+    for given, expected in ((None, loop(values, u, POSITIONS)), (start, loop(values, u, POSITIONS, x0))):
         for ours, theirs in zip(run(unit, jnp.float32(u), given), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -114,14 +118,14 @@ def test_each_step_of_the_ablation_is_a_loop_over_time_with_its_gradients(recurr
             for step in (1e-5, -1e-5):
                 changed = values[name].copy()
                 changed.flat[place] += step
-                sides.append(np.sum(recurrent(values | {name: changed}, u, POSITIONS)[0] * dy))
+                sides.append(np.sum(loop(values | {name: changed}, u, POSITIONS)[0] * dy))
             slope = (sides[0] - sides[1]) / 2e-5
             assert ours.flat[place] == pytest.approx(slope, rel=1e-4, abs=1e-4), (name, place)
 
 
 @pytest.mark.parametrize("recurrence", STEPS)
 def test_each_step_starts_as_the_paper_says(recurrence, one_device):
-    modes = 400 if recurrence == "dense" else 20_000
+    modes = 400 if recurrence in DENSE else 20_000
     config = LRUConfig(width=2, state_size=modes, recurrence=recurrence, r_min=0.5, r_max=0.9, max_phase=1.0)
     unit = layer(config)
     if isinstance(unit, Dense):
@@ -190,12 +194,12 @@ def test_devices_that_share_a_sequence_give_the_loop_of_one():
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recurrence", ["dense", "diagonal", "lru"])
+@pytest.mark.parametrize("recurrence", ["tanh", "dense", "diagonal", "lru"])
 def test_the_whole_model_is_the_papers_and_reads_a_text_in_any_pieces(recurrence, one_device):
     config = LRUConfig(**SMALL, recurrence=recurrence)
     model = model_of(config)
     logits = np.asarray(parallel(model))
-    np.testing.assert_allclose(logits, logits_of(values_of(model), depth=2), atol=2e-5)
+    np.testing.assert_allclose(logits, logits_of(recurrence, values_of(model), depth=2), atol=2e-5)
     step = jax.jit(functools.partial(advance, dtype=jnp.float32))
     state, at = open_state(model, 4, jnp.float32, 16), 0
     for pieces in (5, 1, 1, 5):
@@ -273,7 +277,7 @@ def optax_promotes():
 
 
 def test_decay_is_for_matrices_but_those_of_the_recurrence_itself(one_device):
-    for recurrence in ("dense", "lru"):
+    for recurrence in ("tanh", "dense", "lru"):
         config = LRUConfig(**SMALL, recurrence=recurrence)
         names = named_leaves(jax.eval_shape(functools.partial(model_of, config)))
         decaying = {name.removeprefix("layers/groups/lru_0/") for name in names if decays(name)}
