@@ -117,7 +117,7 @@ def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
     """Elements a token of what a layer makes."""
     if kind == "lru":
         state = 2 * model.state_size / tensor
-        mixer = {"rnn_in": state, "rnn": state, "rnn_out": model.width}
+        mixer = {"rnn_in": state, "rnn": state * (1 + model.bidirectional), "rnn_out": model.width}
         return {"input": model.width, **mixer, "mlp_up": 2 * model.width / tensor}
     if kind == "rec":
         mixer = {"rnn_in": 2 * model.rnn_width / tensor, "rnn": model.rnn_width / tensor, "rnn_out": model.width}
