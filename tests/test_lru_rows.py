@@ -86,7 +86,7 @@ def test_a_sequence_is_classified_without_its_padding(kind, one_device):
 
 
 def test_devices_classify_as_one_does():
-    config = LRUConfig(vocab_size=11, width=8, depth=2, state_size=4, pooling="mean", num_classes=3, channels=2,
+    config = LRUConfig(vocab_size=11, width=8, depth=1, state_size=4, pooling="mean", num_classes=3, channels=2,
                        bidirectional=True)  # fmt: skip
     positions, inputs = POSITIONS[[0, 1, 2, 1]], inputs_of(config)[[0, 1, 2, 0]]
     found = []
