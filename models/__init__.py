@@ -17,9 +17,8 @@ class Family:
     below_head: Callable[..., int] = lambda config, name: (
         0
     )  # (config, parameter name) -> blocks between it and the head
-    rates: Callable[..., Callable[[str], float] | None] = lambda config: (
-        None
-    )  # (config) -> parameter name -> of the learning rate
+    # (config) -> parameter name -> of the learning rate; None: 1 for all
+    rates: Callable[..., Callable[[str], float] | None] = lambda config: None
     prepare: Callable | None = None  # model -> what gives the same and costs less when it is called several times
     init_state: Callable | None = (
         None  # (config, batch, dtype, spec, capacity) -> what a model passes on from call to call

@@ -127,7 +127,7 @@ class Block(nnx.Module):
 class LRU(nnx.Module):
     """x_k = lambda x_{k-1} + gamma B u_k,  y_k = Re(C x_k) + D u_k  with complex lambda, B, C and x (sections 3.2 to 3.4).
 
-    Branches 0 and 1 of B's and C's kernels are real and imaginary parts. Where a row is read both ways (appendix), the same
+    Branches 0 and 1 of B's and C's kernels are real and imaginary parts. Where a row is read both ways, the same
     lambda, gamma and B run over it from its end, too, and C (D 2N) reads both states: branches 2 and 3 those from the end.
     """
 
@@ -351,7 +351,7 @@ def decays(name: str) -> bool:
 
 
 def rates(config: LRUConfig) -> Callable[[str], float] | None:
-    """By name, of the learning rate: `config.rate_factor` for eigenvalues, gamma and B, 1 for the rest (appendix)."""
+    """By name, of the learning rate: `config.rate_factor` for eigenvalues, gamma and B (of a dense unit A and B), 1 for the rest."""
     if config.rate_factor == 1:
         return None
     slower = ("nu_log", "theta_log", "gamma_log", "real", "imaginary", "transition", "to_state/kernel")
