@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import reshard
 
-from configs.schema import Config, ConfigError, ImageData, LRUConfig, NFNetConfig
+from configs.schema import Config, ConfigError, ImageData, NFNetConfig
 from models import FAMILIES
 from models.params import Init, Spec, refilled
 from models.remat import remat_of
@@ -130,44 +130,6 @@ def recall(config: Config) -> Task:
 
     task = language_modelling(config)
     return dataclasses.replace(task, evaluate=evaluate, summarise=summarise, headline="error_rate")
-
-
-def sequence_classification(config: Config) -> Task:
-    """A class for each row of tokens or values (a model that pools them); judged by the share of rows that get a wrong one.
-
-    Batches have the model's inputs (B T ...), segment_pos (B T), labels int32 (B) and weights float32 (B), 0 for rows that
-    only fill a batch.
-    """
-    model_config, dtype = config.model, jnp.dtype(config.trainer.compute_dtype)
-    assert isinstance(model_config, LRUConfig)
-
-    def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        logits = model(
-            batch[model_config.inputs],
-            batch["segment_pos"],
-            dtype=dtype,
-            remat=remat_of(config.trainer),
-            dropout_key=key,
-        )
-        weights = batch["weights"]
-        mean = jnp.sum(weights * cross_entropy(logits, batch["labels"])) / jnp.maximum(jnp.sum(weights), 1.0)
-        return mean, {"loss": mean}
-
-    def evaluate(model, batch: Batch) -> Sums:
-        logits, weights = model(batch[model_config.inputs], batch["segment_pos"], dtype=dtype), batch["weights"]
-        return {
-            "nats": jnp.sum(weights * cross_entropy(logits, batch["labels"])),
-            "wrong": jnp.sum(jnp.where(jnp.argmax(logits, axis=-1) == batch["labels"], 0.0, weights)),
-            "rows": jnp.sum(weights),
-        }
-
-    def summarise(sums: dict[str, float]) -> dict[str, float]:
-        count = max(sums["rows"], 1.0)
-        return {"error_rate": sums["wrong"] / count, "loss": sums["nats"] / count}
-
-    return dataclasses.replace(
-        language_modelling(config), loss=loss, evaluate=evaluate, summarise=summarise, headline="error_rate"
-    )
 
 
 def image_classification(config: Config) -> Task:
