@@ -36,14 +36,15 @@ def gemma(config: GemmaConfig) -> Count:
 
 
 def lru(config: LRUConfig) -> Count:
-    d, n = config.width, config.state_size
-    if config.recurrence == "dense":
-        recurrence = 2 * d * n + n * n
+    d, n, ways = config.width, config.state_size, 1 + config.bidirectional
+    if config.dense:
+        recurrence = (1 + ways) * d * n + n * n
     else:
-        recurrence = 4 * d * n + 2 * n + n * (config.recurrence == "lru")
+        recurrence = 2 * (1 + ways) * d * n + 2 * n + n * (config.recurrence == "lru")
     layer = recurrence + d + 2 * d + 2 * d * d + 2 * d  # with the skip D, the norm and the gated unit
-    embedding = config.vocab_size * d
-    return Count(config.depth * layer + d + config.num_classes * (d + 1) + embedding, embedding)
+    embedding = 0 if config.channels else config.vocab_size * d
+    encoder = d * (config.channels + 1) if config.channels else 0
+    return Count(config.depth * layer + d + config.num_classes * (d + 1) + encoder + embedding, embedding)
 
 
 COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin, "gemma": gemma, "lru": lru}  # by kind of model

@@ -159,10 +159,14 @@ class LRUConfig(Section):
     state_size: int = setting(128, "modes N of a layer's state", low=1, changes=_ARCH)
     recurrence: str = setting(
         "lru",
-        "the paper's steps, each with those before it: a dense real matrix, a complex diagonal one, its exponential form, "
-        "which is stable, that form from a ring, and 'lru' with normalised inputs",
-        choices=("dense", "diagonal", "exponential", "ring", "lru"),
+        "the paper's steps: vanilla RNNs (tanh, relu), a dense real matrix without their nonlinearity, and from there on each "
+        "with those before it: a complex diagonal one, its exponential form, which is stable, that form from a ring, and "
+        "'lru' with normalised inputs",
+        choices=("tanh", "relu", "dense", "diagonal", "exponential", "ring", "lru"),
         changes=_ARCH,
+    )
+    bidirectional: bool = setting(
+        False, "read a row from its end, too, with states of its own (pooled rows; LRA's images)", changes=_ARCH
     )
     r_min: float = setting(
         0.9, "least modulus of an eigenvalue at the start (ring, lru)", low=0, below=1, changes=_MATH
@@ -174,6 +178,15 @@ class LRUConfig(Section):
     dropout: float = setting(
         0.0, "share of channels that a block drops, for a whole row", low=0, below=1, changes=_MATH
     )
+    rate_factor: float = setting(
+        1.0,
+        "learning rate of eigenvalues, gamma and B (of a dense A and B) over that of the rest (LRA: 0.1 to 0.5)",
+        above=0,
+        changes=_MATH,
+    )
+    channels: int = setting(
+        0, "numbers a step that a row has in place of a token (pooled rows); 0 for tokens", low=0, changes=_ARCH
+    )
     pooling: str = setting(
         "none",
         "what is classified: every token's successor, a sequence by its mean, or by its last token",
@@ -182,9 +195,27 @@ class LRUConfig(Section):
     )
     num_classes: int = setting(0, "classes of a pooled sequence; 0 where nothing is pooled", low=0, changes=_ARCH)
 
+    @property
+    def dense(self) -> bool:
+        """Whether a state is multiplied with a whole matrix, step by step."""
+        return self.recurrence in ("tanh", "relu", "dense")
+
+    @property
+    def inputs(self) -> str:
+        """The field of a batch that the model reads: tokens (B T), or values (B T C)."""
+        return "values" if self.channels else "tokens"
+
     def check(self) -> None:
         if self.r_min >= self.r_max:
             raise ConfigError(f"{self.show('r_min')} is not below {self.show('r_max')}: the ring has no area")
+        for name, why in (
+            ("bidirectional", "a token would see its successor"),
+            ("channels", "numbers are no vocabulary"),
+        ):
+            if self.pooling == "none" and getattr(self, name):
+                raise ConfigError(
+                    f"{self.show(name)} contradicts {self.show('pooling')}: {why}, 'mean' or 'last' is allowed"
+                )
         if self.pooling == "none" and self.num_classes:
             raise ConfigError(f"{self.show('num_classes')} contradicts {self.show('pooling')}: tokens have 0 classes")
         if self.pooling != "none" and self.num_classes < 2:
@@ -374,7 +405,7 @@ class Config:
                     f"{self.model.show('pooling')} contradicts data.kind={self.data.kind!r}, whose labels are those of tokens: "
                     f"'none' is allowed"
                 )
-            if self.model.recurrence == "dense" and self.mesh.sequence > 1:
+            if self.model.dense and self.mesh.sequence > 1:
                 raise ConfigError(
                     f"{self.mesh.show('sequence')} contradicts {self.model.show('recurrence')}: devices can't share a sequence "
                     f"whose states are no products, 1 is allowed"

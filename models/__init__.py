@@ -17,6 +17,8 @@ class Family:
     below_head: Callable[..., int] = lambda config, name: (
         0
     )  # (config, parameter name) -> blocks between it and the head
+    # (config) -> parameter name -> of the learning rate; None: 1 for all
+    rates: Callable[..., Callable[[str], float] | None] = lambda config: None
     prepare: Callable | None = None  # model -> what gives the same and costs less when it is called several times
     init_state: Callable | None = (
         None  # (config, batch, dtype, spec, capacity) -> what a model passes on from call to call
@@ -26,7 +28,7 @@ class Family:
 FAMILIES = {
     "griffin": Family(griffin.Griffin, griffin.train_flops, griffin.decays, init_state=state.init_state),
     "gemma": Family(gemma.Gemma, gemma.train_flops, gemma.decays, init_state=state.init_state),
-    "lru": Family(lru.LRUModel, lru.train_flops, lru.decays, init_state=state.init_state),
+    "lru": Family(lru.LRUModel, lru.train_flops, lru.decays, rates=lru.rates, init_state=state.init_state),
     "nfnet": Family(
         nfnet.NFNet, nfnet.train_flops, nfnet.decays, nfnet.clips, nfnet.below_head, prepare=nfnet.standardised
     ),

@@ -3,6 +3,9 @@
 Shapes: B batch, T tokens, D model width (the paper's H), N modes of the state, V vocabulary, K classes.
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +15,7 @@ from jax.sharding import reshard
 from configs.schema import LRUConfig
 from models.blocks import Linear, einsum_float32
 from models.language_model import LanguageModel
-from models.params import Init, Initialiser, Spec, normal, ones, zeros
+from models.params import Init, Initialiser, Spec, cast_kernels, normal, ones, zeros
 from models.remat import Remat, named
 from models.scan import Implementation, linear_scan
 from models.sequence import Axis, carried_in
@@ -22,13 +25,16 @@ from models.state import State
 class LRUModel(LanguageModel):
     """Residual blocks of recurrence and gated unit; logits of tokens, or of whole sequences (`config.pooling`).
 
-    The norm before the head is of this house: the paper has none, and a table as head is lost without it.
+    The norm before the head is of this house: the paper has none, and a table as head is lost without it. Rows of values
+    (B T C) are read through a matrix in place of the table (`config.channels`).
     """
 
     def __init__(self, config: LRUConfig, init: Init):
         super().__init__(config, init, Block, rnn=config.state_size, mlp=config.width)
-        pooled = config.pooling != "none"
-        self.head = Head(config, init.fitted(embed=config.width).scope("head")) if pooled else None
+        pooled, whole = config.pooling != "none", init.fitted(embed=config.width)
+        self.head = Head(config, whole.scope("head")) if pooled else None
+        if config.channels:
+            self.embedding = Encoder(config, whole.scope("embedding"))
         self.drops = config.dropout > 0
 
     def __call__(
@@ -39,13 +45,28 @@ class LRUModel(LanguageModel):
         dtype: jnp.dtype,
         remat: Remat = "none",
         state: State | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, State]:
-        """As a language model's call; where sequences are pooled, their logits (B K), and no state is passed on."""
+        """As a language model's call. Where sequences are pooled, `tokens` may be values (B T C), logits are those of rows
+        (B K), no state is passed on, and a key drops channels."""
         if self.head is None:
             return super().__call__(tokens, segment_pos, dtype=dtype, remat=remat, state=state)
-        x = self.features(tokens, segment_pos, dtype=dtype, remat=remat)
+        x = self.features(tokens, segment_pos, dtype=dtype, remat=remat, dropout_key=dropout_key)
         assert isinstance(x, jax.Array)
         return self.head(x, reshard(segment_pos, self.spec("batch", "seq")))
+
+
+class Encoder(nnx.Module):
+    """Values (B T C) to the first block's input (B T D): the paper's linear encoder."""
+
+    def __init__(self, config: LRUConfig, init: Init):
+        channels, width = config.channels, config.width
+        self.linear = Linear(init, (channels,), (width,), (None, "embed"), 1 / channels, bias=True)
+        self.spec = init.spec
+
+    @jax.named_scope("embedding")
+    def __call__(self, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return cast_kernels(self.linear, dtype)(reshard(values.astype(dtype), self.spec("batch", "seq", None)))
 
 
 class Head(nnx.Module):
@@ -69,10 +90,14 @@ class Head(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + drop(GLU(drop(gelu(recurrence(norm(x)))))) (the paper's figure 1, with layer norm in place of batch norm)."""
+    """x + drop(GLU(drop(gelu(recurrence(norm(x)))))) (the paper's figure 1).
+
+    The norm is layer norm. The paper always used batch norm, whose running averages would be a state that no gradient
+    trains, which the trainer has no place for.
+    """
 
     def __init__(self, config: LRUConfig, kind: str, init: Init):
-        width, recurrence = config.width, Dense if config.recurrence == "dense" else LRU
+        width, recurrence = config.width, Dense if config.dense else LRU
         self.norm_scale = init.param("norm_scale", (width,), (None,), ones)
         self.norm_bias = init.param("norm_bias", (width,), (None,), zeros)
         self.recurrence = recurrence(config, init.scope("recurrence"))
@@ -102,7 +127,8 @@ class Block(nnx.Module):
 class LRU(nnx.Module):
     """x_k = lambda x_{k-1} + gamma B u_k,  y_k = Re(C x_k) + D u_k  with complex lambda, B, C and x (sections 3.2 to 3.4).
 
-    Branches 0 and 1 of B's and C's kernels are real and imaginary parts.
+    Branches 0 and 1 of B's and C's kernels are real and imaginary parts. Where a row is read both ways, the same
+    lambda, gamma and B run over it from its end, too, and C (D 2N) reads both states: branches 2 and 3 those from the end.
     """
 
     def __init__(self, config: LRUConfig, init: Init):
@@ -113,8 +139,14 @@ class LRU(nnx.Module):
         self.to_state = Linear(
             init.scope("to_state"), (width,), (2, modes), ("embed", None, "rnn"), 1 / (2 * width), bias=False
         )
+        ways = 1 + config.bidirectional
         self.from_state = Linear(
-            init.scope("from_state"), (2, modes), (width,), (None, "rnn", "embed"), 1 / modes, bias=False
+            init.scope("from_state"),
+            (2 * ways, modes),
+            (width,),
+            (None, "rnn", "embed"),
+            1 / (ways * modes),
+            bias=False,
         )
         self.skip = init.param("skip", (width,), (None,), normal(1.0))
         self.cartesian = config.recurrence == "diagonal"
@@ -128,7 +160,7 @@ class LRU(nnx.Module):
         self.gamma_log = (
             init.param("gamma_log", (modes,), ("rnn",), gammas(low, high), draw="nu") if normalised else None
         )
-        self.spec = init.spec
+        self.bidirectional, self.spec = config.bidirectional, init.spec
 
     def eigenvalues(self) -> jax.Array:
         """lambda (N), complex64; in the exponential form within the unit circle, whatever the parameters are."""
@@ -148,13 +180,17 @@ class LRU(nnx.Module):
             inputs = inputs * jnp.exp(self.gamma_log[...])[None, None, None]
         inputs = lax.complex(inputs[:, :, 0], inputs[:, :, 1])
         x, last = diagonal_scan(self.eigenvalues(), inputs, segment_pos, x0, self.spec)
-        parts = jnp.stack([x.real, -x.imag], axis=2).astype(u.dtype)
-        y = named(self.from_state(parts), "rnn_out")
+        parts = [x.real, -x.imag]
+        if self.bidirectional:
+            x, _ = diagonal_scan(self.eigenvalues(), inputs, segment_pos, None, self.spec, reverse=True)
+            parts += [x.real, -x.imag]
+        y = named(self.from_state(jnp.stack(parts, axis=2).astype(u.dtype)), "rnn_out")
         return y + self.skip[...].astype(u.dtype)[None, None] * u, last
 
 
 class Dense(nnx.Module):
-    """x_k = A x_{k-1} + B u_k,  y_k = C x_k + D u_k, all real: the RNN without its nonlinearity (section 3.1).
+    """x_k = f(A x_{k-1} + B u_k),  y_k = C x_k + D u_k, all real: a vanilla RNN with f = tanh or relu (section 2), and the
+    same without its nonlinearity (section 3.1).
 
     Each step is a matrix product that needs all of a state, so every device has whole states, and time is a loop.
     """
@@ -162,31 +198,64 @@ class Dense(nnx.Module):
     def __init__(self, config: LRUConfig, init: Init):
         width, modes = config.width, config.state_size
         self.to_state = Linear(init.scope("to_state"), (width,), (modes,), ("embed", None), 1 / width, bias=False)
-        self.from_state = Linear(init.scope("from_state"), (modes,), (width,), (None, "embed"), 1 / modes, bias=False)
+        ways = (2,) if config.bidirectional else ()
+        self.from_state = Linear(
+            init.scope("from_state"), (*ways, modes), (width,), (None,) * len(ways) + (None, "embed"),
+            1 / math.prod((*ways, modes)), bias=False,
+        )  # fmt: skip
         self.transition = init.param("transition", (modes, modes), (None, None), normal(1 / modes))
         self.skip = init.param("skip", (width,), (None,), normal(1.0))
-        self.spec = init.spec
+        self.recurrence, self.bidirectional, self.spec = config.recurrence, config.bidirectional, init.spec
+
+    def nonlinear(self, x: jax.Array) -> jax.Array:
+        return {"tanh": jnp.tanh, "relu": jax.nn.relu, "dense": lambda x: x}[self.recurrence](x)
 
     @jax.named_scope("recurrence")
     def __call__(self, u: jax.Array, x0: jax.Array | None, segment_pos: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As an LRU; the last state is float32."""
+        inputs = named(self.to_state(u), "rnn_in").astype(jnp.float32)
+        x, last = self.scanned(inputs, segment_pos, x0)
+        if self.bidirectional:
+            x = jnp.stack([x, self.scanned(inputs, segment_pos, None, reverse=True)[0]], axis=2)
+        y = named(self.from_state(x.astype(u.dtype)), "rnn_out")
+        return y + self.skip[...].astype(u.dtype)[None, None] * u, last
+
+    def scanned(
+        self, inputs: jax.Array, segment_pos: jax.Array, x0: jax.Array | None, reverse: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """States (B T N) and the last one (B N) of inputs (B T N), as `diagonal_scan` has them."""
         row = self.spec("batch", None)
         if x0 is None:
-            x0 = jnp.zeros((u.shape[0], self.transition.shape[0]), jnp.float32, out_sharding=row)
-        inputs = named(self.to_state(u), "rnn_in").astype(jnp.float32)
+            x0 = jnp.zeros((inputs.shape[0], self.transition.shape[0]), jnp.float32, out_sharding=row)
+        inputs, starts = ready(inputs, segment_pos, reverse)
 
         def one(x, now):
             bu, start = now
-            x = jnp.einsum("bn,mn->bm", jnp.where(start[:, None], 0.0, x), self.transition[...], out_sharding=row) + bu
+            ax = jnp.einsum("bn,mn->bm", jnp.where(start[:, None], 0.0, x), self.transition[...], out_sharding=row)
+            x = self.nonlinear(ax + bu)
             return x, x
 
-        last, x = lax.scan(one, x0, (jnp.swapaxes(inputs, 0, 1), jnp.swapaxes(segment_pos == 0, 0, 1)))
-        y = named(self.from_state(jnp.swapaxes(x, 0, 1).astype(u.dtype)), "rnn_out")
-        return y + self.skip[...].astype(u.dtype)[None, None] * u, last
+        last, x = lax.scan(one, x0, (jnp.swapaxes(inputs, 0, 1), jnp.swapaxes(starts, 0, 1)), reverse=reverse)
+        return jnp.swapaxes(x, 0, 1), last
+
+
+def ready(inputs: jax.Array, segment_pos: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
+    """Inputs (B T N) of a scan, and before which tokens (B T) its state is 0.
+
+    A scan from the end is of a row that is one sequence: nothing starts within it, and padding behind it adds nothing.
+    """
+    if not reverse:
+        return inputs, segment_pos == 0
+    return jnp.where((segment_pos >= 0)[:, :, None], inputs, 0), jnp.zeros_like(segment_pos, bool)
 
 
 def diagonal_scan(
-    eigenvalues: jax.Array, inputs: jax.Array, segment_pos: jax.Array, x0: jax.Array | None, spec: Spec
+    eigenvalues: jax.Array,
+    inputs: jax.Array,
+    segment_pos: jax.Array,
+    x0: jax.Array | None,
+    spec: Spec,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """States (B T N) and the last one (B N), complex64, of inputs (B T N); each device has its own modes.
 
@@ -200,10 +269,12 @@ def diagonal_scan(
         implementation = "associative"  # of one step there is nothing to scan
 
     def scan(eigenvalues, inputs, segment_pos, *start):
-        a = jnp.where((segment_pos == 0)[:, :, None], 0, eigenvalues[None, None])
+        inputs, starts = ready(inputs, segment_pos, reverse)
+        a = jnp.where(starts[:, :, None], 0, eigenvalues[None, None])
         if axis is None:
-            return linear_scan(a, inputs, *start, implementation=implementation)
-        return linear_scan(a, inputs, arriving(axis, eigenvalues, a, inputs, segment_pos))[0], None
+            return linear_scan(a, inputs, *start, reverse=reverse, implementation=implementation)
+        h0 = arriving(axis, eigenvalues, a, inputs, starts, reverse)
+        return linear_scan(a, inputs, h0, reverse=reverse)[0], None
 
     scanned = jax.shard_map(
         scan,
@@ -216,11 +287,14 @@ def diagonal_scan(
     return reshard(x, spec("batch", "seq", "rnn")), last
 
 
-def arriving(axis: Axis, eigenvalues: jax.Array, a: jax.Array, inputs: jax.Array, segment_pos: jax.Array) -> jax.Array:
+def arriving(
+    axis: Axis, eigenvalues: jax.Array, a: jax.Array, inputs: jax.Array, starts: jax.Array, reverse: bool
+) -> jax.Array:
     """The state (B N) that reaches this device's tokens, each device having run its own from 0 (docs/architecture.md)."""
-    _, end = linear_scan(a, inputs)
+    _, end = linear_scan(a, inputs, reverse=reverse)
     whole = eigenvalues ** inputs.shape[1]
-    return carried_in(jnp.where(jnp.any(segment_pos == 0, axis=1)[:, None], 0, whole[None]), end, axis)
+    decay = jnp.where(jnp.any(starts, axis=1)[:, None], 0, whole[None])
+    return carried_in(decay, end, axis, reverse=reverse)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -276,8 +350,17 @@ def decays(name: str) -> bool:
     return name.endswith("kernel") and not name.endswith("to_state/kernel")
 
 
+def rates(config: LRUConfig) -> Callable[[str], float] | None:
+    """By name, of the learning rate: `config.rate_factor` for eigenvalues, gamma and B (of a dense unit A and B), 1 for the rest."""
+    if config.rate_factor == 1:
+        return None
+    slower = ("nu_log", "theta_log", "gamma_log", "real", "imaginary", "transition", "to_state/kernel")
+    return lambda name: config.rate_factor if name.endswith(tuple(f"/{own}" for own in slower)) else 1.0
+
+
 def train_flops(config: LRUConfig, length: int) -> float:
     """Matrix FLOPs a token of one training step (backward = 2 x forward)."""
-    d, n = config.width, config.state_size
-    recurrence = 2 * d * n + n * n if config.recurrence == "dense" else 4 * d * n
-    return 3 * 2 * (config.depth * (recurrence + 2 * d * d) + d * (config.num_classes / length or config.vocab_size))
+    d, n, ways = config.width, config.state_size, 1 + config.bidirectional
+    recurrence = (1 + ways) * d * n + ways * n * n if config.dense else 2 * (1 + ways) * d * n
+    ends = d * (config.channels + config.num_classes / length) if config.num_classes else d * config.vocab_size
+    return 3 * 2 * (config.depth * (recurrence + 2 * d * d) + ends)

@@ -94,8 +94,7 @@ def init_state(config: ModelConfig, batch: int, dtype: jnp.dtype, spec: Spec, ca
 
     def layer(kind: str, num_layers: int | None):
         if isinstance(config, LRUConfig):
-            dense = config.recurrence == "dense"
-            kept, modes = (jnp.float32, None) if dense else (jnp.complex64, "rnn")
+            kept, modes = (jnp.float32, None) if config.dense else (jnp.complex64, "rnn")
             return zeros((batch, config.state_size), kept, ("batch", modes), num_layers)
         if kind == "rec":
             assert isinstance(config, GriffinConfig)

@@ -80,7 +80,7 @@ def divided_further(mesh: dict[str, int], times: int) -> dict[str, int]:
 
 def divides(config: Config, tensor: int, sequence: int) -> bool:
     model: Any = config.model
-    if getattr(model, "recurrence", "") == "dense" and sequence > 1:
+    if getattr(model, "dense", False) and sequence > 1:
         return False
     whole = [getattr(model, size, tensor) for size in ("num_heads", "mlp_width", "rnn_width", "state_size")]
     return all(size % tensor == 0 for size in whole) and config.data.sequence_length % sequence == 0  # type: ignore[union-attr]
@@ -117,7 +117,7 @@ def widths(model: Any, kind: str, tensor: int) -> dict[str, float]:
     """Elements a token of what a layer makes."""
     if kind == "lru":
         state = 2 * model.state_size / tensor
-        mixer = {"rnn_in": state, "rnn": state, "rnn_out": model.width}
+        mixer = {"rnn_in": state, "rnn": state * (1 + model.bidirectional), "rnn_out": model.width}
         return {"input": model.width, **mixer, "mlp_up": 2 * model.width / tensor}
     if kind == "rec":
         mixer = {"rnn_in": 2 * model.rnn_width / tensor, "rnn": model.rnn_width / tensor, "rnn_out": model.width}

@@ -47,6 +47,7 @@ def losses(run: pathlib.Path, kind: str = "train", name: str = "loss") -> dict[i
         ("griffin-tiny", 2, "--mesh.data 2 --mesh.fsdp 2"),
         pytest.param("gemma-tiny", 2, "--mesh.data 1 --mesh.tensor 4", marks=pytest.mark.slow),  # hosts share every row
         pytest.param("griffin-tiny", 4, "--mesh.data 1 --mesh.sequence 2 --mesh.fsdp 2", marks=pytest.mark.slow),
+        pytest.param("lru-tiny", 2, "--mesh.data 1 --mesh.sequence 2 --mesh.fsdp 2", marks=pytest.mark.slow),
         pytest.param("nfnet-tiny", 4, "--mesh.data 2 --mesh.fsdp 2", marks=pytest.mark.slow),
     ],
 )

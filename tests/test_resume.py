@@ -14,6 +14,7 @@ CASES = [
     pytest.param("griffin-tiny", "", id="griffin-tiny"),
     pytest.param("nfnet-tiny", "", id="nfnet-tiny", marks=pytest.mark.slow),
     pytest.param("gemma-tiny", "", id="gemma-tiny", marks=pytest.mark.slow),
+    pytest.param("lru-tiny", "", id="lru-tiny", marks=pytest.mark.slow),
     pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow),
 ]
 

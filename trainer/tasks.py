@@ -105,6 +105,7 @@ def language_modelling(config: Config) -> Task:
         flops_per_step=data.batch_size * data.sequence_length * family.train_flops(config.model, data.sequence_length),
         decays=family.decays,
         clips=family.clips,
+        rates=family.rates(config.model),
     )
 
 
