@@ -39,11 +39,13 @@ class LRUModel(LanguageModel):
         dtype: jnp.dtype,
         remat: Remat = "none",
         state: State | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, State]:
-        """As a language model's call; where sequences are pooled, their logits (B K), and no state is passed on."""
+        """As a language model's call; where sequences are pooled, their logits (B K), and no state is passed on. Without a key
+        nothing is dropped."""
         if self.head is None:
             return super().__call__(tokens, segment_pos, dtype=dtype, remat=remat, state=state)
-        x = self.features(tokens, segment_pos, dtype=dtype, remat=remat)
+        x = self.features(tokens, segment_pos, dtype=dtype, remat=remat, dropout_key=dropout_key)
         assert isinstance(x, jax.Array)
         return self.head(x, reshard(segment_pos, self.spec("batch", "seq")))
 
