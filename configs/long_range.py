@@ -162,7 +162,7 @@ TINY = {
     ),
     "digits": (LongRangeData(task="digits", sequence_length=64), 64, 2, 64, 0.9, "mean", 1000),
     "first-token": (
-        LongRangeData(task="first-token", sequence_length=128, held_out_rows=1024),
+        LongRangeData(task="first-token", sequence_length=128, held_out_rows=512),
         16,
         2,
         16,
@@ -191,8 +191,8 @@ def tiny(name: str) -> Callable[[], Config]:
             data=data,
             optimizer=OptimizerConfig(warmup_steps=steps // 10, weight_decay=0.05),
             trainer=TrainerConfig(steps=steps, log_every=100),
-            checkpoint=CheckpointConfig(every=max(steps // 4, 1)),
-            eval=EvalConfig(every=steps // 10, batches=0),
+            checkpoint=CheckpointConfig(every=1000),
+            eval=EvalConfig(every=steps // 5, batches=0),
         )
 
     experiment.__doc__ = f"LRU of {depth} layers on {name} rows of {data.sequence_length:,}, minutes on a CPU."
