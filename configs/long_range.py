@@ -32,9 +32,10 @@ class Row:
     max_phase: float = 6.283185307179586
 
 
-# The table's learning-rate factors of the recurrence (0.25 cifar, 0.5 listops, 0.1 text, 0.5 retrieval, 0.25 pathfinder and
-# pathx), bidirectional=true of pathfinder and pathx, and inputs="values" of cifar, pathfinder and pathx belong here and in
-# `published` as soon as LRUConfig has fields for them; until then these are runs without.
+# What the table also has, and belongs into `published` once LRUConfig has fields for it: the learning-rate factor of the
+# recurrence (0.25 cifar, 0.5 listops, 0.1 text, 0.5 retrieval, 0.25 pathfinder and pathx), both directions (pathfinder and
+# pathx), and pixels as numbers (data.inputs="values" and 3 channels of cifar, 1 of pathfinder and pathx). Until then pixels are
+# grey levels.
 TABLE = {
     "cifar": Row(
         LongRangeData(task="cifar", files="cifar-10-batches-bin", sequence_length=1024, batch_size=50),

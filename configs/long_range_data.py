@@ -43,7 +43,7 @@ class LongRangeData(Section):
     min_length: int = setting(500, "an expression has more tokens (listops)", low=0, changes=_DATA)
     max_length: int = setting(2000, "an expression has fewer tokens (listops)", low=2, changes=_DATA)
     contour_length: int = setting(
-        14, "dashes of a curve (pathfinder): 6, 9 or 14 for easy to hard", low=3, changes=_DATA
+        14, "dashes of a curve (pathfinder): 6, 9 or 14 for easy to hard", low=3, high=14, changes=_DATA
     )
     num_symbols: int = setting(
         8, "symbols a row may begin with; as many others follow (first-token)", low=2, changes=_SHAPE

@@ -159,7 +159,9 @@ def open_long_range(config: LongRangeData) -> Dataset:
         "kind": config.kind,
         "format": FORMAT,
         "order": ALGORITHM,
-        "needs": {"vocab_size": config.num_input_symbols + config.num_classes} if config.inputs == "tokens" else {},
+        "needs": {"channels": config.channels}
+        if config.channels
+        else {"vocab_size": config.num_input_symbols + config.num_classes},
         **{name: getattr(config, name) for name in ("task", "inputs", "sequence_length", "batch_size", "seed")},
     }
     skipped: list[tuple[str, str]] = []

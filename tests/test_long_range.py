@@ -16,6 +16,8 @@ from runs import finish
 from sklearn.datasets import load_digits
 
 import data.kept_rows
+import trainer.evaluate
+import trainer.run_folder
 from configs import EXPERIMENTS
 from configs.overrides import resolve
 from configs.parameters import COUNTS
@@ -25,6 +27,8 @@ from data.kept_rows import KeptRows
 from data.listops import SYMBOLS, TooLong, expression, grow
 from data.pathfinder import RECIPES, draw_images
 from data.shapes import batch_fields
+from launch.studies import STUDIES
+from launch.studies.study import new_figure
 from sharding.mesh import one_device_mesh
 from sharding.rules import rules_for
 from trainer.evaluate import evaluate, place_batch
@@ -528,6 +532,44 @@ def test_channels_are_dropped_in_training_alone():
         whole = task.evaluate(model, batch)
         assert len(losses) == 3
         assert float(whole["nats"]) / 8 not in losses
+
+
+def test_a_study_gives_accuracies_by_seed_with_their_mean_and_error(monkeypatch, tmp_path):
+    study, wrong = STUDIES["first-token"], {3: 0.5, 4: 0.25, 5: 0.75}
+    runs = {words: pathlib.Path(words) for words in study.configs}
+    assert len(runs) == 12
+
+    def read(run, kind):
+        seed = int(str(run)[-1])
+        return (
+            {1: {"loss": 2.0 + seed}}
+            if kind == "train"
+            else {100: {"error_rate": 1.0}, 200: {"error_rate": wrong[seed]}}
+        )
+
+    small = dataclasses.replace(EXPERIMENTS["lra-first-token-tiny"](), data=FIRST)
+    monkeypatch.setattr(trainer.run_folder, "read_metrics", read)
+    monkeypatch.setattr(trainer.evaluate, "read_config", lambda run: small)
+    figures = study.measure(runs)
+    assert figures["arms"]["LRU"] == {
+        "steps": [100, 200],
+        "accuracy": [[0, 0.5], [0, 0.75], [0, 0.25]],
+        "first_loss": [5, 6, 7],
+    }
+    labels = open_data(FIRST).held_out.read(np.arange(64))["labels"]
+    assert figures["chance"] == collections.Counter(labels.tolist()).most_common(1)[0][1] / 64
+    assert study.table(figures)[4].split() == [
+        "LRU",
+        "0.500",
+        "0.750",
+        "0.250",
+        "0.500",
+        "0.144",
+        "6.000",
+    ]  # sqrt(1/16 / 3)
+    figure = new_figure()
+    study.draw(figures, figure)
+    assert [line.get_label() for line in figure.axes[0].get_lines()[:4]] == list(figures["arms"])
 
 
 @pytest.mark.slow
