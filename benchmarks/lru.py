@@ -110,7 +110,7 @@ def measure(side: str, case: str) -> dict[str, float]:
             "seconds": statistics.median(wall),
             "cpu_seconds": statistics.median(cpu),
             "compile_seconds": compiled,
-            "temporary_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+            "temporary_mib": program.memory_analysis().temp_size_in_bytes / 2**20,  # type: ignore[union-attr]
             "loss": float(value),
             "grad_norm": float(optax.tree.norm(gradient)),
         }

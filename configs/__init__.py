@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import chat, gemma, griffin, image_studies, lru, nfnet, private, studies
+from configs import chat, gemma, griffin, image_studies, long_range, lru, nfnet, private, studies
 from configs.schema import Config
 
 RELEASED: dict[str, Callable[[], Config]] = {
@@ -27,4 +27,5 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **studies.STUDIES,
     **image_studies.STUDIES,
     **private.PRIVATE,
+    **long_range.LONG_RANGE,
 }

@@ -22,6 +22,7 @@ from configs.data_sections import (
 )
 from configs.finetune import DistillConfig, FinetuneConfig
 from configs.guard import UNGUARDED, GuardConfig
+from configs.long_range_data import LongRangeData, check_long_range
 from configs.optimizer import PLAIN, OptimizerConfig
 from configs.privacy import OPEN, PrivacyConfig, check_privacy
 from configs.remat import ATTENTION, RECURRENCE, check_remat
@@ -399,8 +400,10 @@ class Config:
                     f"{self.model.show('num_classes')} does not fit the {labels} labels of data.labels: {labels} is allowed"
                 )
             check_shared_images(self.data, self.mesh)
+        if isinstance(self.data, LongRangeData):
+            check_long_range(self.model, self.data)
         if isinstance(self.model, LRUConfig):
-            if self.model.pooling != "none":
+            if self.model.pooling != "none" and not isinstance(self.data, LongRangeData):
                 raise ConfigError(
                     f"{self.model.show('pooling')} contradicts data.kind={self.data.kind!r}, whose labels are those of tokens: "
                     f"'none' is allowed"
@@ -468,6 +471,7 @@ __all__ = [  # what others import from here without its being made here
     "DistillConfig",
     "FinetuneConfig",
     "ImageData",
+    "LongRangeData",
     "OptimizerConfig",
     "PreparedData",
     "PrivacyConfig",

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ChatData, DataConfig, ImageData, PreparedData, RecallData, TextData
+from configs.schema import ChatData, DataConfig, ImageData, LongRangeData, PreparedData, RecallData, TextData
 from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
+from data.long_range import open_long_range
 from data.prepared import open_prepared
 from data.recall import open_recall
 from data.text import open_text
@@ -19,6 +20,7 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
     PreparedData.kind: open_prepared,
     ChatData.kind: open_chat,
     RecallData.kind: open_recall,
+    LongRangeData.kind: open_long_range,
     ImageData.kind: open_images,
 }
 

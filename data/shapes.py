@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from configs.schema import DataConfig, ImageData, RecallData
+from configs.schema import DataConfig, ImageData, LongRangeData, RecallData
 
 Field = tuple[tuple[int, ...], type]  # shape over all hosts, dtype
 
@@ -23,6 +23,11 @@ def batch_fields(config: DataConfig, held_out: bool = False) -> dict[str, Field]
     row = (rows, config.sequence_length)
     fields: dict[str, Field] = dict.fromkeys(("tokens", "targets", "segment_pos"), (row, np.int32))
     fields["weights"] = (row, np.float32)
-    if not isinstance(config, RecallData):
+    if isinstance(config, LongRangeData):
+        fields["labels"] = ((rows,), np.int32)
+        if config.channels:
+            del fields["tokens"]
+            fields["values"] = ((*row, config.channels), np.float32)
+    elif not isinstance(config, RecallData):
         fields |= {"segment_ids": (row, np.int32), "target_bytes": ((rows,), np.int32)}
     return fields

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import Config, ImageData
+from configs.schema import Config, ImageData, LongRangeData
 from data import open_data
 from data.bad_records import taken_from
 from data.dataset import DataError, Dataset, Origin
@@ -114,12 +114,15 @@ def state_before(run: str, config: Config, program: Program, step: int, mesh: An
 
 
 def losses(config: Config, model: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """-log p of each target, float32: (B T) of tokens, (B) of images; without dropout and smoothing."""
+    """-log p of each target, float32: (B T) of tokens, (B) of images and of pooled rows; without dropout and smoothing."""
     if isinstance(config.data, ImageData):
         logits = model(batch["images"], dtype=jnp.dtype(config.trainer.compute_dtype), dropout_key=None)
         if config.data.labels:
             return jnp.mean(yes_or_no(logits, batch["labels"]), axis=-1)
         return cross_entropy(logits, batch["labels"])
+    if isinstance(config.data, LongRangeData) and getattr(config.model, "pooling", "none") != "none":
+        dtype = jnp.dtype(config.trainer.compute_dtype)
+        return cross_entropy(model(batch[config.data.inputs], batch["segment_pos"], dtype=dtype), batch["labels"])
     return token_losses(config, model, batch)[0]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import reshard
 
-from configs.schema import Config, ConfigError, ImageData, NFNetConfig
+from configs.schema import Config, ConfigError, ImageData, LongRangeData, NFNetConfig
 from models import FAMILIES
 from models.params import Init, Spec, refilled
 from models.remat import remat_of
@@ -130,6 +130,45 @@ def recall(config: Config) -> Task:
 
     task = language_modelling(config)
     return dataclasses.replace(task, evaluate=evaluate, summarise=summarise, headline="error_rate")
+
+
+def sequence_classification(config: Config) -> Task:
+    """A label for each row; judged by the share of wrong ones. A model that pools a row has a logit for each class; for others
+    the label is the token that follows the row (`recall`)."""
+    if getattr(config.model, "pooling", "none") == "none":
+        return recall(config)
+    data, trainer = config.data, config.trainer
+    assert isinstance(data, LongRangeData)
+
+    def logits_of(model, batch: Batch, **options) -> jax.Array:
+        dtype = jnp.dtype(trainer.compute_dtype)
+        return model(batch[data.inputs], batch["segment_pos"], dtype=dtype, **options)
+
+    def loss(model, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        logits = logits_of(model, batch, remat=remat_of(trainer), dropout_key=key)
+        mean = jnp.mean(cross_entropy(logits, batch["labels"]))
+        return mean, {"loss": mean}
+
+    def evaluate(model, batch: Batch) -> Sums:
+        logits = logits_of(model, batch)
+        losses, rows = (
+            cross_entropy(logits, batch["labels"]),
+            jnp.sum(batch["weights"], axis=1),
+        )  # 0 behind the last row
+        labels, rows = (reshard(a, jax.typeof(losses).sharding.spec) for a in (batch["labels"], rows))
+        wrong = jnp.argmax(logits, axis=-1) != labels
+        return {
+            "nats": jnp.sum(losses * rows),
+            "wrong": jnp.sum(jnp.where(wrong, rows, 0.0)),
+            "questions": jnp.sum(rows),
+        }
+
+    return dataclasses.replace(
+        recall(config),
+        loss=loss,
+        weight=lambda batch: jnp.float32(batch["labels"].shape[0]),
+        evaluate=evaluate,
+    )
 
 
 def image_classification(config: Config) -> Task:
@@ -261,6 +300,7 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "prepared": language_modelling,
     "chat": language_modelling,
     "recall": recall,
+    "long-range": sequence_classification,
     "images": image_classification,
 }
 

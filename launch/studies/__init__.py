@@ -1,12 +1,14 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, long_context, private, recall, universality
+from launch.studies import agc, digits, long_context, long_range, private, recall, universality
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
     "long-context": long_context.STUDY,
     "selective-copy": recall.SELECTIVE_COPY,
     "induction": recall.INDUCTION,
+    "first-token": long_range.FIRST_TOKEN,
+    "listops": long_range.LISTOPS,
     "agc": agc.STUDY,
     "digits": digits.STUDY,
     "private": private.STUDY,
