@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks.tables import arguments, machine, publish, table
 
@@ -88,10 +90,11 @@ def measure(side: str, case: str) -> dict[str, float]:
     config = LRUConfig(width=width, state_size=modes)
     with jax.set_mesh(one_device_mesh()):
         unit = jax.jit(lambda: LRU(config, Init(jax.random.key(0), Rules().spec)))()
-        if side == "podwright":
-            parameters, layer = unit, lambda unit, u: unit(u, None, positions)[0]
-        else:
-            parameters, layer = jax.tree.map(np.asarray, named_leaves(unit)), plain
+        sides: dict[str, tuple[Any, Callable]] = {
+            "podwright": (unit, lambda unit, u: unit(u, None, positions)[0]),
+            "associative_scan": (jax.tree.map(np.asarray, named_leaves(unit)), plain),
+        }
+        parameters, layer = sides[side]
 
         def loss(parameters, u):
             return jnp.mean(layer(parameters, u) * dy)
@@ -106,17 +109,19 @@ def measure(side: str, case: str) -> dict[str, float]:
             jax.block_until_ready(program(parameters, u))
             wall.append(time.perf_counter() - start)
             cpu.append(time.process_time() - used)
+        needed = program.memory_analysis()
+        assert needed
         return {
             "seconds": statistics.median(wall),
             "cpu_seconds": statistics.median(cpu),
             "compile_seconds": compiled,
-            "temporary_mib": program.memory_analysis().temp_size_in_bytes / 2**20,  # type: ignore[union-attr]
+            "temporary_mib": needed.temp_size_in_bytes / 2**20,
             "loss": float(value),
             "grad_norm": float(optax.tree.norm(gradient)),
         }
 
 
-def plain(values, u):
+def plain(values: dict[str, Any], u: Any) -> Any:
     """y (B T H) of u (B T H) from our parameters by name, one row at a time, in the form of S5's `apply_ssm`."""
     import jax
     import jax.numpy as jnp

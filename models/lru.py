@@ -34,7 +34,7 @@ class LRUModel(LanguageModel):
         pooled, whole = config.pooling != "none", init.fitted(embed=config.width)
         self.head = Head(config, whole.scope("head")) if pooled else None
         if config.channels:
-            self.embedding = Encoder(config, whole.scope("embedding"))  # type: ignore[assignment]
+            self.embedding = Encoder(config, whole.scope("embedding"))  # type: ignore[assignment]  # no table
         self.drops = config.dropout > 0
 
     def __call__(
