@@ -56,10 +56,10 @@ class KeptRows:
             if missing.size:
                 made = self.source.rows(indices[missing])
                 found["symbols"][missing], found["length"][missing], found["label"][missing] = made
-                for row in missing:
+                for row in missing.tolist():
                     found["crc"][row] = checksum(found[row])
                 with contextlib.suppress(OSError):  # a full disk
-                    for row in missing:
+                    for row in missing.tolist():
                         os.pwrite(file.fileno(), found[row].tobytes(), int(indices[row]) * record.itemsize)
         return Rows(found["symbols"], found["length"].astype(np.int64), found["label"].astype(np.int64))
 
