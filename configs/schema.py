@@ -425,6 +425,13 @@ class Config:
                 f"{self.distill.show('teacher')} contradicts model.kind={self.model.kind!r}: only language models have a "
                 f"teacher, it must be empty"
             )
+        if isinstance(self.model, LRUConfig) and self.model.pooling != "none":
+            for part, field, allowed in ((self.trainer, "z_loss", 0.0), (self.distill, "teacher", "")):
+                if getattr(part, field) != allowed:
+                    raise ConfigError(
+                        f"{part.show(field)} contradicts {self.model.show('pooling')}: it is about tokens' successors, "
+                        f"{allowed!r} is allowed"
+                    )
         if self.optimizer.sam_ascent == "local":
             for section, field, most in (
                 (self.mesh, "sequence", 1),

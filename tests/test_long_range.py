@@ -448,6 +448,14 @@ def test_what_is_wrong_with_files_is_one_sentence(tmp_path, files, task, sentenc
         ("--data.max_length 102", r"max_length=102 does not fit data\.sequence_length=100: at most 101 is allowed"),
         ("--data.min_length 100", r"max_length=101 leaves no length above data\.min_length=100"),
         ("--model.num_classes 9", r"num_classes=9 does not fit data\.task='listops', which has 10 classes"),
+        (
+            "--trainer.z_loss 0.1",
+            r"trainer\.z_loss=0\.1 contradicts model\.pooling='mean': it is about tokens' successors",
+        ),
+        (
+            "--distill.teacher runs/x",
+            r"teacher='runs/x' contradicts model\.pooling='mean': it is about tokens' successors",
+        ),
         ("--data.held_out_split dev", r"held_out_split='dev' is not one of validation, test"),
     ],
 )
