@@ -28,6 +28,10 @@ def main(argv: list[str]) -> int:
     if name not in STUDIES:
         raise ConfigError(f"there is no study {name!r}, {perhaps(name, STUDIES)}")
     study = STUDIES[name]
+    if not study.configs:
+        folder = folder_alone(name, rest)
+        report(study, {"": folder}, folder, new_figure())
+        return 0
     configs = study.full if "--full" in rest else study.configs
     options = {"to": "DIR", "full": ""}
     runs_words = {config: [*config.split()[1:], *rest] for config in configs}
@@ -45,6 +49,21 @@ def main(argv: list[str]) -> int:
             return code
     report(study, runs, folder, figure)
     return 0
+
+
+def folder_alone(name: str, rest: list[str]) -> pathlib.Path:
+    """Where a study that trains no runs keeps its figures. Raises ConfigError where it is given more than that."""
+    match [word for given in rest for word in (given.split("=", 1) if given.startswith("--to=") else [given])]:
+        case []:
+            folder = pathlib.Path(f"runs/study-{name}")
+        case ["--to", directory]:
+            folder = pathlib.Path(directory)
+        case _:
+            raise ConfigError(
+                f"{shlex.join(rest)} is not for the study {name}, which trains no runs of configs: --to DIR is allowed"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def folder_name(words: str) -> str:

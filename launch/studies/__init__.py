@@ -1,6 +1,6 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, long_context, private, recall
+from launch.studies import agc, digits, long_context, optimizers, private, recall
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -9,5 +9,6 @@ STUDIES: dict[str, Study] = {
     "induction": recall.INDUCTION,
     "agc": agc.STUDY,
     "digits": digits.STUDY,
+    "optimizers": optimizers.STUDY,
     "private": private.STUDY,
 }
