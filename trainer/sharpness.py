@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+ROUNDING = 1e-6  # what is left of a product, relative to it, that is nothing
 Product = Callable[[jax.Array], jax.Array]  # v (P) -> H v (P)
 
 
@@ -31,23 +32,22 @@ def top_eigenvalue(product: Product, size: int, key: jax.Array, steps: int) -> j
     """
     steps = min(steps, size)
 
-    def unit(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        length = jnp.linalg.norm(vector)
-        return jnp.where(length > 0, vector / jnp.where(length > 0, length, 1.0), 0.0), length
-
     def step(carry, number):
         basis, vector, first = carry
         basis = basis.at[number].set(vector)
         found = product(vector)
         # A vector of zeros: the space is used up. What its row then says must not exceed the answer, as the first row cannot.
         diagonal = jnp.where(jnp.any(vector != 0), vector @ found, first)
+        rounding = ROUNDING * jnp.linalg.norm(found)
         for _ in range(2):
             found = found - basis.T @ (basis @ found)
-        following, beside = unit(found)
+        length = jnp.linalg.norm(found)
+        beside = jnp.where(length > rounding, length, 0.0)
+        following = jnp.where(beside > 0, found / jnp.where(beside > 0, beside, 1.0), 0.0)
         return (basis, following, jnp.where(number == 0, diagonal, first)), (diagonal, beside)
 
-    start, _ = unit(jax.random.normal(key, (size,)))
-    carry = jnp.zeros((steps, size)), start, jnp.float32(0)
+    start = jax.random.normal(key, (size,))
+    carry = jnp.zeros((steps, size)), start / jnp.linalg.norm(start), jnp.float32(0)
     _, (diagonal, beside) = jax.lax.scan(step, carry, jnp.arange(steps))
     return jnp.linalg.eigvalsh(jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1))[-1]
 
