@@ -366,13 +366,16 @@ def test_the_table_and_the_plot_hold_every_rule():
     assert [len(axes.containers) for axes in figure.axes[:3]] == [len(optimizers.ARMS)] * 2 + [2]
 
 
-def test_a_part_is_made_once(tmp_path):
+def test_a_part_is_made_once_and_again_where_its_settings_change(tmp_path):
     made = []
-    for _ in range(2):
-        assert optimizers.kept(tmp_path, "sgd, sam, classes", lambda: made.append(1) or {"new": [1.5]}) == {
-            "new": [1.5]
-        }
-    assert made == [1]
+
+    def make(*given):
+        made.append(given)
+        return {"new": [1.5]}
+
+    for rate in (0.1, 0.1, 0.2):
+        assert optimizers.kept(tmp_path, "sgd, sam, classes", make, (rate,), "classes") == {"new": [1.5]}
+    assert made == [((0.1,), "classes"), ((0.2,), "classes")]
     assert [file.name for file in (tmp_path / "parts").iterdir()] == ["sgd-sam-classes.json"]
 
 

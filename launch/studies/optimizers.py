@@ -4,7 +4,6 @@ Three parts: tasks learned one after the other, compared where new tasks are lea
 same training loss; and power-propagation, compared by what pruning costs. Optimizer_runs.py trains and measures.
 """
 
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -64,29 +63,28 @@ def measure(folders: dict[str, pathlib.Path]) -> Figures:
         figures["in_turn"][arm] = {}
         for protocol in PROTOCOLS:
             grid = rates(arm, LARGER if protocol == "permuted" else 1)
-            make = functools.partial(in_turn, config, grid, protocol, SEEDS)
-            figures["in_turn"][arm][protocol] = {"rates": grid, **kept(folder, f"{arm}, {protocol}", make)}
+            found = kept(folder, f"{arm}, {protocol}", in_turn, config, grid, protocol, SEEDS)
+            figures["in_turn"][arm][protocol] = {"rates": grid, **found}
     for power in POWERS:
         config = rule("sgd", beta1=0.0, power=power)
-        make = functools.partial(pruning, config, KEEPS, SEEDS)
-        figures["pruning"][f"{power:g}"] = kept(folder, f"power {power:g}", make)
+        figures["pruning"][f"{power:g}"] = kept(folder, f"power {power:g}", pruning, config, KEEPS, SEEDS)
     for arm, (config, _) in ARMS.items():
-        make = functools.partial(same_loss, config, rates(arm, LARGER), TARGET, SEEDS)
-        figures["same_loss"][arm] = kept(folder, f"{arm}, same loss", make)
+        grid = rates(arm, LARGER)
+        figures["same_loss"][arm] = kept(folder, f"{arm}, same loss", same_loss, config, grid, TARGET, SEEDS)
     figures["criteria"] = criteria(figures)
     return figures
 
 
-def kept(folder: pathlib.Path, part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an earlier start of the study made of this part, or makes it."""
+def kept(folder: pathlib.Path, part: str, make: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """make(*given), or what an earlier start of the study found with the same."""
     file = folder / "parts" / f"{part.replace(', ', '-').replace(' ', '-')}.json"
-    if not file.exists():
-        found = make()
+    if not file.exists() or json.loads(file.read_text())["given"] != repr(given):
+        found = make(*given)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".new").write_text(json.dumps(found) + "\n")
+        file.with_suffix(".new").write_text(json.dumps({"given": repr(given), "found": found}) + "\n")
         file.with_suffix(".new").rename(file)
     print(f"  {part}", flush=True)
-    return json.loads(file.read_text())
+    return json.loads(file.read_text())["found"]
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------------------
