@@ -15,14 +15,12 @@ COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  #
 
 @dataclass(frozen=True)
 class Study:
+    """Without `configs` `measure` trains by itself, and is given the study's own folder by the words ""."""
+
     question: str  # one line
-    configs: tuple[
-        str, ...
-    ]  # small enough for a laptop; a config's name, and overrides. None: `measure` trains by itself
+    configs: tuple[str, ...]  # small enough for a laptop; a config's name, and overrides
     full: tuple[str, ...]  # as published
-    measure: Callable[
-        [dict[str, pathlib.Path]], Figures
-    ]  # run folders by those words, all trained; the study's own by ""
+    measure: Callable[[dict[str, pathlib.Path]], Figures]  # run folders by those words, all of them trained
     table: Callable[[Figures], list[str]]
     draw: Callable[[Figures, Any], None]  # on a matplotlib figure
     may_diverge: bool = False  # whether a run that ends in NaNs is a result, too
