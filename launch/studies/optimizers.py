@@ -243,11 +243,11 @@ def draw(figures: Figures, figure) -> None:
             axes.errorbar(new.mean(axis=1), lost.mean(axis=1), 2 * error, label=arm, **style)
         for target in NEW:
             axes.axvline(target, color="grey", linestyle=":", linewidth=1)
-        axes.set(title=words, xlabel="accuracy on the task just learned", ylabel="forgetting", xlim=(0.8, 1.002))
+        axes.set(title=words, xlabel="accuracy on the task just learned", ylabel="forgetting", xlim=(0.85, 1.002))
     for power, found in figures["pruning"].items():
         values = 100 * np.array(found["accuracy"])
         bars = 2 * values.std(axis=1, ddof=1) / values.shape[1] ** 0.5
-        kept.errorbar([100 * keep for keep in KEEPS], values.mean(axis=1), bars, marker="o", capsize=2, label=power)
+        kept.errorbar([100 * keep for keep in KEEPS], values.mean(axis=1), bars, marker="o", markersize=4, capsize=2, label=power)
     kept.set(title="power-propagation", xlabel="weights kept, %", ylabel="held-out digits right, %", xscale="log")
     kept.set_xticks([100 * keep for keep in KEEPS], [f"{100 * keep:g}" for keep in KEEPS])
     kept.minorticks_off()
