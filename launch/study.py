@@ -51,17 +51,23 @@ def main(argv: list[str]) -> int:
 
 
 def alone(name: str, study: Study, argv: list[str]) -> None:
-    """A study without runs. Raises ConfigError."""
+    """A study that trains no runs of configs. Raises ConfigError."""
     from launch.cli import Parser
 
     parser = Parser(prog=f"podwright study {name}")
     parser.add_argument("--to", default=f"runs/study-{name}", metavar="DIR")
-    parser.add_argument("--full", action="store_true")
-    options = parser.parse_args(argv)
+    if study.measure_full:
+        parser.add_argument("--full", action="store_true")
+    options, others = parser.parse_known_args(argv)
+    if others:
+        allowed = "--to DIR and --full are" if study.measure_full else "--to DIR is"
+        raise ConfigError(
+            f"{shlex.join(others)} is not for the study {name}, which trains no runs of configs: {allowed} allowed"
+        )
     folder, figure = pathlib.Path(options.to), new_figure()
     folder.mkdir(parents=True, exist_ok=True)
-    measure = study.measure_full if options.full and study.measure_full else study.measure
-    report(study, measure, {}, folder, figure)
+    measure = study.measure_full if study.measure_full and options.full else study.measure
+    report(study, measure, {"": folder}, folder, figure)
 
 
 def folder_name(words: str) -> str:

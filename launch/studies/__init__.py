@@ -1,6 +1,6 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, long_context, long_range, private, recall, universality
+from launch.studies import agc, digits, long_context, long_range, optimizers, private, recall, universality
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -11,6 +11,7 @@ STUDIES: dict[str, Study] = {
     "listops": long_range.LISTOPS,
     "agc": agc.STUDY,
     "digits": digits.STUDY,
+    "optimizers": optimizers.STUDY,
     "private": private.STUDY,
     "universality": universality.STUDY,
 }

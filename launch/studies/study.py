@@ -18,6 +18,8 @@ COLOURS = {"hawk": "#1b7837", "griffin": "#2166ac", "transformer": "#b2182b"}  #
 
 @dataclass(frozen=True)
 class Study:
+    """Without `configs` `measure` trains by itself, and is given the study's own folder by the words ""."""
+
     question: str  # one line
     # Small enough for a laptop; a config's name, and overrides. None where `measure` itself trains what is too small for a run.
     configs: tuple[str, ...]

@@ -1,0 +1,412 @@
+"""What the study of update rules measures, against closed forms and numpy; how it compares; and that it trains by our rules."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import solutions
+from launch.cli import main
+from launch.studies import STUDIES, optimizer_runs, optimizers, small_mlps
+from launch.studies.study import new_figure
+from trainer.sharpness import hessian_product, top_eigenvalue, trace
+
+SIZES = (4, 5, 3, 3)
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# --- arrays alone ------------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_is_counted_from_the_best_and_transfer_from_the_first():
+    accuracies = np.array([[0.9, 0.1, 0.2], [0.95, 0.8, 0.2], [0.5, 0.7, 1.0]])
+    assert solutions.new_accuracy(accuracies) == pytest.approx((0.9 + 0.8 + 1.0) / 3)
+    assert solutions.final_accuracy(accuracies) == pytest.approx((0.5 + 0.7 + 1.0) / 3)
+    assert solutions.forgetting(accuracies) == pytest.approx((0.45 + 0.1) / 2)
+    assert solutions.backward_transfer(accuracies) == pytest.approx((-0.4 - 0.1) / 2)
+
+
+def with_singular_values(*values: float) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(size, len(values))))[0] for size in (9, 6))
+    return left * np.array(values) @ right.T
+
+
+def test_ranks_of_matrices_of_known_singular_values():
+    assert solutions.effective_rank(with_singular_values(2, 2, 2)) == pytest.approx(3)
+    assert solutions.effective_rank(with_singular_values(5)) == pytest.approx(1)
+    # Shares 1/2, 1/4, 1/4: an entropy of 1.5 bits.
+    assert solutions.effective_rank(with_singular_values(2, 1, 1)) == pytest.approx(2**1.5)
+    assert solutions.stable_rank(with_singular_values(2, 1, 1)) == pytest.approx(6 / 4)
+    assert solutions.effective_rank(np.zeros((3, 2))) == solutions.stable_rank(np.zeros((3, 2))) == 0
+    # Features of mean 0 and covariance diag(4, 1, 1): (4 + 1 + 1)^2 / (16 + 1 + 1); a shift of all changes nothing.
+    features = np.concatenate([np.diag([2.0, 1, 1]), -np.diag([2.0, 1, 1])])
+    assert solutions.participation_ratio(features + 7) == pytest.approx(2)
+    assert solutions.participation_ratio(np.ones((4, 3))) == 0
+
+
+def test_cosines_of_class_means():
+    """Means (1 0), (0 2) and (1 1), pairs at 90, 45 and 45 degrees."""
+    features = np.array([[2.0, 0], [0, 0], [0, 2], [1, 1]])
+    assert solutions.class_cosine(features, np.array([3, 3, 5, 8])) == pytest.approx(2 / 3 / np.sqrt(2))
+    assert solutions.class_cosine(np.array([[1.0, 0], [0, 0]]), np.array([0, 1])) == 0
+    assert solutions.dead_share(np.array([[0, 1, 0, 0], [0, 0, -1, 0]])) == 0.5
+
+
+def test_sparsity_of_known_weights():
+    assert solutions.hoyer(np.array([[3.0, -3], [3, 3]])) == pytest.approx(0)
+    assert solutions.hoyer(np.array([0, 0, -5.0, 0])) == pytest.approx(1)
+    assert solutions.hoyer(np.array([3.0, 4, 0, 0])) == pytest.approx(2 - 7 / 5)
+    assert solutions.near_zero_share(np.array([-200, 1.9, -2.1, 0])) == 0.5
+    weights = np.array([[0.1, -3], [2, -0.5], [1, 0]])
+    np.testing.assert_array_equal(solutions.pruned(weights, 0.5), [[0, -3], [2, 0], [1, 0]])
+    np.testing.assert_array_equal(solutions.pruned(weights, 1), weights)
+    assert np.count_nonzero(solutions.pruned(weights, 0.01)) == 1
+    # Of equal ones no more are kept than were asked for.
+    assert np.count_nonzero(solutions.pruned(np.ones((4, 4)), 0.25)) == 4
+
+
+# --- curvature ---------------------------------------------------------------------------------------------------------------
+
+
+def symmetric(values: np.ndarray) -> np.ndarray:
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(len(values), len(values))))[0]
+    return (basis * values @ basis.T).astype(np.float32)
+
+
+def test_products_are_those_of_a_quadratics_hessian():
+    """Of x^T H x / 2, in two leaves; away from 0, where a linear term does not matter."""
+    hessian = symmetric(np.array([3.0, -1, 0.5, 2, 1]))
+
+    def loss(tree):
+        x = jnp.concatenate([tree["a"].ravel(), tree["b"]])
+        return x @ hessian @ x / 2 + 3 * x[0]
+
+    product, size = hessian_product(loss, {"a": jnp.ones((1, 2)), "b": jnp.array([1.0, -2, 0.5])})
+    assert size == 5
+    np.testing.assert_allclose(jax.vmap(product)(jnp.eye(5)), hessian, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "tolerance"),
+    [
+        (np.array([5.0, -9, 1, 2]), 4, 1e-5),  # all: exact, and the largest, not the largest in size
+        (np.array([-5.0, -1, -2]), 30, 1e-5),  # no more steps than there are
+        (np.repeat([4.0, 1.0], 20), 2, 1e-4),  # two different ones
+        (np.repeat([-4.0, -1.0], 20), 9, 1e-4),  # a space that is used up must not add a 0
+        (np.append(np.linspace(0, 1, 199), 3.0), 20, 1e-3),
+    ],
+)
+def test_lanczos_finds_the_largest_eigenvalue(values, steps, tolerance):
+    hessian = symmetric(values)
+    found = top_eigenvalue(lambda v: hessian @ v, len(values), jax.random.key(0), steps)
+    assert float(found) == pytest.approx(values.max(), rel=tolerance)
+
+
+def test_lanczos_of_nothing_is_nothing():
+    assert float(top_eigenvalue(lambda v: 0 * v, 5, jax.random.key(0), 5)) == 0
+    assert float(top_eigenvalue(lambda v: -2 * v, 5, jax.random.key(0), 5)) == pytest.approx(-2)
+
+
+def test_hutchinsons_estimate():
+    """Exact of a diagonal; else it scatters about the trace by its known variance, neither more nor less."""
+    diagonal = jnp.array([1.0, -2, 5])
+    assert float(trace(lambda v: diagonal * v, 3, jax.random.key(0), 1)) == pytest.approx(4)
+    hessian = symmetric(np.array([3.0, 1, 0.5, -1, 2, 7, 0, 0, 1, 4]))
+    keys = jax.random.split(jax.random.key(1), 100)
+    estimates = np.asarray(jax.jit(jax.vmap(lambda key: trace(lambda v: hessian @ v, 10, key, 20)))(keys))
+    error = np.sqrt(2 * np.sum(np.square(hessian - np.diag(np.diag(hessian)))) / 20)
+    assert abs(estimates.mean() - 17.5) < 4 * error / 10
+    assert 0.75 < estimates.std() / error < 1.25
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------
+
+
+def toy(seed: int = 0) -> small_mlps.Split:
+    rng = np.random.default_rng(seed)
+    return small_mlps.Split(rng.normal(size=(30, 4)).astype(np.float32), rng.integers(3, size=30).astype(np.int32))
+
+
+def numpy_gradient(params, images, labels):
+    """By hand, float64: softmax minus one-hot, back through two ReLUs."""
+    w = {name: {leaf: np.asarray(value, np.float64) for leaf, value in one.items()} for name, one in params.items()}
+    first = np.maximum(images @ w["hidden_0"]["kernel"] + w["hidden_0"]["bias"], 0)
+    second = np.maximum(first @ w["hidden_1"]["kernel"] + w["hidden_1"]["bias"], 0)
+    logits = second @ w["head"]["kernel"] + w["head"]["bias"]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    nats = -np.log(p[np.arange(len(labels)), labels]).mean()
+    d = (p - np.eye(3)[labels]) / len(labels)
+    found = {}
+    for name, below, above in (("head", second, "head"), ("hidden_1", first, "hidden_1"), ("hidden_0", images, "")):
+        found[name] = {"kernel": below.T @ d, "bias": d.sum(axis=0)}
+        if above:
+            d = (d @ w[above]["kernel"].T) * (below > 0)
+    return nats, found
+
+
+def walked(params, data, batches, rate, order, rho=0.0, momentum=0.9):
+    """Nesterov's SGD, optax's form of it, where `rho` climbs first."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    speed = jax.tree.map(np.zeros_like, params)
+    for rows in batches:
+        images, labels = data.images[rows][:, order], data.labels[rows]
+        gradient = numpy_gradient(params, images, labels)[1]
+        if rho:
+            scale = rho / np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
+            there = jax.tree.map(np.add, params, jax.tree.map(scale.__mul__, gradient))
+            gradient = numpy_gradient(there, images, labels)[1]
+        speed = jax.tree.map(lambda v, g: momentum * v + g, speed, gradient)
+        params = jax.tree.map(lambda w, v, g: w - rate * (momentum * v + g), params, speed, gradient)
+    return params
+
+
+def same(got, expected, tolerance=1e-4):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, expected)
+
+
+@pytest.mark.parametrize("arm", ["sgd", "sgd, sam"])
+def test_tasks_are_learned_in_turn_by_the_rule_at_each_rate_from_each_seed(arm):
+    """Two tasks of three batches, moments kept, against a loop in float64; accuracies counted by hand."""
+    data, rates = toy(), (0.05, 0.2)
+    config = optimizers.ARMS[arm][0]
+    starts = [small_mlps.initial(seed, SIZES) for seed in (3, 4)]
+    rng = np.random.default_rng(9)
+    rows = rng.integers(20, size=(2, 2, 3, 8)).astype(np.int32)
+    orders = np.array([[[0, 1, 2, 3], [3, 1, 0, 2]]] * 2, np.int32)
+    test = np.arange(20, 30, dtype=np.int32)
+    tested = np.stack([data.labels[test] == 0, data.labels[test] > 0]).astype(np.float32)
+    assert tested.sum(axis=1).min() >= 2
+    on_device = small_mlps.Split(*map(jnp.asarray, data))
+    learned = small_mlps.side_by_side(functools.partial(small_mlps.learn_in_turn, config, on_device), of_seeds=5)
+    accuracies, found = learned(
+        jnp.asarray(rates), optimizer_runs.stacked(starts), rows, orders, np.stack([test] * 2), np.stack([tested] * 2)
+    )
+    for i, rate in enumerate(rates):
+        for seed, start in enumerate(starts):
+            # One walk through both tasks would start the second anew; so the orders are applied to each batch before.
+            batches = [(batch, orders[seed, task]) for task in range(2) for batch in rows[seed, task]]
+            end = walked_through(start, data, batches, rate, config.sam_rho)
+            same(optimizer_runs.at_place(found, i, seed), end)
+            for task in range(2):
+                logits = logits_of(end, data.images[test][:, orders[seed, task]])
+                hits = (logits.argmax(axis=1) == data.labels[test])[tested[task] == 1]
+                assert float(accuracies[i, seed, 1, task]) == pytest.approx(hits.mean())
+
+
+def walked_through(params, data, batches, rate, rho):
+    """`walked` over batches that each have an order of pixels."""
+    images = np.concatenate([data.images[rows][:, order] for rows, order in batches])
+    labels = np.concatenate([data.labels[rows] for rows, _ in batches])
+    places = np.arange(len(labels)).reshape(len(batches), -1)
+    return walked(params, small_mlps.Split(images, labels), places, rate, np.arange(4), rho)
+
+
+def logits_of(params, images):
+    first = np.maximum(images @ params["hidden_0"]["kernel"] + params["hidden_0"]["bias"], 0)
+    second = np.maximum(first @ params["hidden_1"]["kernel"] + params["hidden_1"]["bias"], 0)
+    return second @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def test_training_ends_at_the_first_look_below_the_target():
+    """Losses of a float64 loop decide which look that is; state and parameters are those of it, so that updates go on."""
+    data, rate = toy(), 0.1
+    config, start = optimizers.rule("sgd"), small_mlps.initial(3, SIZES)
+    rows = np.random.default_rng(2).integers(20, size=(6, 2, 8)).astype(np.int32)
+    train, order = np.arange(20, dtype=np.int32), np.arange(4)
+    ends = [walked(start, data, rows[: looks + 1].reshape(-1, 8), rate, order) for looks in range(6)]
+    losses = [numpy_gradient(end, data.images[train], data.labels[train])[0] for end in ends]
+    look = next(i for i in range(1, 5) if losses[i] < min(losses[:i]) and losses[i + 1] != losses[i])
+    target = (losses[look] + min(losses[:look])) / 2
+    on_device = small_mlps.Split(*map(jnp.asarray, data))
+    steps, params, state = jax.jit(functools.partial(small_mlps.learn_until, config, on_device))(
+        target, rate, start, train, rows
+    )
+    assert int(steps) == 2 * (look + 1)
+    same(params, ends[look])
+    moved = small_mlps.next_updates(config, on_device, rate, params, state, rows[look + 1])
+    after = walked(start, data, rows[: look + 2].reshape(-1, 8), rate, order)
+    total = np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (after, ends[look])), strict=True)])
+    np.testing.assert_allclose(moved.sum(axis=0), total, atol=1e-5)
+    never = functools.partial(small_mlps.learn_until, config, on_device)
+    assert int(jax.jit(never)(0.0, rate, start, train, rows)[0]) == 0
+
+
+def test_schedule_free_is_judged_by_its_average():
+    """Which is the mean of z_1 .. z_t where the rate is constant: x_(t+1) = (1 - 1/t) x_t + z/t, arXiv 2405.15682."""
+    data, config = toy(), optimizers.rule("schedule-free")
+    start = small_mlps.initial(3, SIZES)
+    rule = small_mlps.make_rule(config, jnp.float32(0.05))
+    step = jax.jit(functools.partial(small_mlps.update, config, rule))
+    params, state, newest = start, rule.init(start), []
+    for rows in np.random.default_rng(0).integers(20, size=(5, 8)):
+        params, state = step(params, state, small_mlps.Split(data.images[rows], data.labels[rows]))
+        found = next(filter(is_schedule_free, jax.tree.leaves(state, is_leaf=is_schedule_free)))
+        newest.append(found.z)
+    average = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *newest)
+    same(small_mlps.solution(config, params, state), average, 1e-5)
+    assert abs(params["hidden_0"]["kernel"] - average["hidden_0"]["kernel"]).max() > 1e-3
+
+
+def is_schedule_free(node) -> bool:
+    return type(node).__name__ == "ScheduleFreeState"
+
+
+# --- data --------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_seed_divides_the_digits_and_draws_its_tasks():
+    labels = np.asarray(optimizer_runs.load().labels)
+    train, test = optimizer_runs.divided(100)
+    assert sorted([*train, *test]) == list(range(1797))
+    assert (len(train), len(test)) == (1400, 397)
+    assert set(test) != set(optimizer_runs.divided(101)[1])
+    rows, orders, _, tested = optimizer_runs.tasks("classes", labels, 100)
+    assert [sorted(set(labels[batches.ravel()])) for batches in rows] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert tested.sum() == 397
+    assert np.array_equal(labels[test][tested[3] == 1] // 2, np.full(int(tested[3].sum()), 3))
+    assert np.array_equal(orders, np.tile(np.arange(64), (5, 1)))
+    permuted, orders, rest, tested = optimizer_runs.tasks("permuted", labels, 100)
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+    assert tested.all()
+    assert np.array_equal(rest, test)
+    assert rows.shape == permuted.shape == (5, 200, 64)
+    assert not {*rows.ravel(), *permuted.ravel()} & set(test)
+    images = np.asarray(optimizer_runs.load().images)
+    np.testing.assert_allclose(images.mean(axis=0), 0, atol=1e-6)
+    assert images.std() == pytest.approx(1, abs=1e-5)
+
+
+# --- comparisons -------------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_found_between_two_rates_and_nowhere_else():
+    new, values = np.array([0.9, 0.96, 0.98, 0.97]), np.array([0.8, 0.7, 0.5, 0.1])
+    assert optimizers.where_new_is(0.97, new, values) == pytest.approx(0.6)
+    assert optimizers.where_new_is(0.96, new, values) == pytest.approx(0.7)
+    assert optimizers.where_new_is(0.99, new, values) is None
+    assert optimizers.where_new_is(0.9, new, values) is None
+    assert optimizers.where_new_is(0.85, new, values) is None
+
+
+def test_the_jackknife_of_a_mean_is_the_standard_error():
+    """Where interpolation is linear in the seeds' values: all reach the target at the second rate."""
+    final = np.random.default_rng(0).normal(size=(3, 6))
+    found = {"new": np.repeat([[0.9], [0.97], [0.98]], 6, axis=1).tolist(), "final": final.tolist()}
+    mean, error = optimizers.jackknife(optimizers.matched(found, 0.97, "final"))
+    assert mean == pytest.approx(final[1].mean())
+    assert error == pytest.approx(final[1].std(ddof=1) / np.sqrt(6))
+    assert optimizers.jackknife(optimizers.matched(found, 0.99, "final")) is None
+
+
+def made_up(gain: np.ndarray, pruned: float, unpruned: float = 0.97) -> dict:
+    """Figures in which new tasks are learned alike, and Shampoo's final accuracy is higher by `gain` (seeds)."""
+    seeds, arms = len(gain), tuple(optimizers.ARMS)
+    noise = np.random.default_rng(0).normal(size=seeds) / 10  # the same for all rules: it must not matter
+    new = np.repeat([[0.95], [0.98], [0.995]], seeds, axis=1)
+    base = {name: np.full((3, seeds), 0.4).tolist() for name in ("forgetting", "effective_rank", "class_cosine")}
+
+    def of(arm: str) -> dict:
+        final = 0.5 + noise + (gain if arm == "shampoo" else 0)
+        return base | {"new": new.tolist(), "final": np.tile(final, (3, 1)).tolist()}
+
+    measures = dict.fromkeys(optimizers.SHOWN, 1.5)
+    curves = {"1": [0.98, 0.9, 0.9, 0.6, 0.4, 0.3], "2": [unpruned, 0.9, 0.9, pruned, 0.4, 0.3]}
+    return {
+        "seeds": list(range(seeds)),
+        "in_turn": {arm: {protocol: of(arm) for protocol in optimizers.PROTOCOLS} for arm in arms},
+        "same_loss": {
+            arm: {"rate": 0.1, "measures": [measures] * seeds} if arm != "lion" else {"rate": None, "measures": None}
+            for arm in arms
+        },
+        "pruning": {
+            power: {"accuracy": [[value] * seeds for value in curve], "near_zero": [0.1] * seeds}
+            for power, curve in curves.items()
+        },
+    }
+
+
+def test_criteria_are_judged_by_paired_differences():
+    gain = np.array([0.05, 0.07, 0.06, 0.04])
+    figures = made_up(gain, pruned=0.71)
+    difference, error = optimizers.difference(figures, "shampoo", "adamw", "classes", 0.97)
+    assert difference == pytest.approx(0.055)
+    assert error == pytest.approx(gain.std(ddof=1) / 2)
+    assert [one["met"] for one in optimizers.criteria(figures)] == [True] * 6
+    assert optimizers.criteria(figures)[0]["measured"] == "+5.5 (0.6) points"
+    unsure = optimizers.criteria(made_up(np.array([0.3, -0.2, 0.1, 0.0]), pruned=0.69))
+    assert [one["met"] for one in unsure] == [False] * 4 + [True, False]
+    worse = optimizers.criteria(made_up(-gain, pruned=0.71, unpruned=0.95))
+    assert [one["met"] for one in worse] == [False] * 5 + [True]
+    for arm in optimizers.ARMS:
+        figures["in_turn"][arm]["permuted"]["new"] = np.full((3, 4), 0.9).tolist()
+    assert [one["measured"] for one in optimizers.criteria(figures)][:2] == ["not reached"] * 2
+    assert [one["met"] for one in optimizers.criteria(figures)][:2] == [False] * 2
+
+
+def test_the_table_and_the_plot_hold_every_rule():
+    figures = made_up(np.array([0.05, 0.07, 0.06, 0.04]), pruned=0.71)
+    figures["criteria"] = optimizers.criteria(figures)
+    told = "\n".join(STUDIES["optimizers"].table(json.loads(json.dumps(figures))))
+    assert all(told.count(f"\n{arm} ") == 3 for arm in optimizers.ARMS)
+    assert "lion                 at no rate do all seeds get there" in told
+    assert told.count("\nmet     ") == 6 - told.startswith("met")
+    figure = new_figure()
+    STUDIES["optimizers"].draw(figures, figure)
+    assert len(figure.axes) == 6
+    assert [len(axes.containers) for axes in figure.axes[:3]] == [len(optimizers.ARMS)] * 2 + [2]
+
+
+def test_a_part_is_made_once_and_again_where_its_settings_change(tmp_path):
+    made = []
+
+    def make(*given):
+        made.append(given)
+        return {"new": [1.5]}
+
+    for rate in (0.1, 0.1, 0.2):
+        assert optimizers.kept(tmp_path, "sgd, sam, classes", make, (rate,), "classes") == {"new": [1.5]}
+    assert made == [((0.1,), "classes"), ((0.2,), "classes")]
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["sgd-sam-classes.json"]
+
+
+@pytest.mark.parametrize(("words", "given"), [(["--full"], "--full"), (["--to", "x", "--a.b", "1"], "--a.b 1")])
+def test_what_the_study_has_no_use_for_is_refused(words, given, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "optimizers", *words]) == 2
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"{given} is not for the study optimizers, which trains no runs of configs: --to DIR is allowed")
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_study_runs_small_and_again_from_what_it_kept(tmp_path, monkeypatch, capsys):
+    for name, small in dict(STEPS=2, LOOKS=2, BETWEEN=3, UPDATES=3, PRODUCTS=3, PRUNED_STEPS=2).items():
+        monkeypatch.setattr(optimizer_runs, name, small)
+    for name, small in dict(SEEDS=(0, 1), NUM_RATES=2, TARGET=3.0).items():
+        monkeypatch.setattr(optimizers, name, small)
+    few = ("shampoo", "adamw", "schedule-free")
+    monkeypatch.setattr(optimizers, "ARMS", {arm: optimizers.ARMS[arm] for arm in few})
+    optimizer_runs.learning_in_turn.cache_clear()
+    assert main(["study", "optimizers", "--to", str(tmp_path)]) == 0
+    first = capsys.readouterr().out
+    assert "training loss 3" in first
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert np.shape(figures["in_turn"]["shampoo"]["classes"]["final"]) == (2, 2)
+    assert len(figures["same_loss"]["schedule-free"]["measures"]) == 2
+    monkeypatch.setattr(optimizer_runs, "in_turn", None)
+    assert main(["study", "optimizers", f"--to={tmp_path}"]) == 0
+    assert capsys.readouterr().out == first
