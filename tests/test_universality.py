@@ -256,6 +256,6 @@ def test_a_study_without_runs_measures_tabulates_and_draws(words, tmp_path, monk
 
 def test_a_study_without_runs_has_nothing_to_override(tmp_path):
     assert STUDIES["universality"].configs == ()
-    with pytest.raises(ConfigError, match="--trainer.steps 4 is not for the study universality, .*--full are allowed"):
+    with pytest.raises(ConfigError, match=r"--trainer.steps 4 is not for the study universality"):
         command.main(["universality", "--to", str(tmp_path / "s"), "--trainer.steps", "4"])
     assert not (tmp_path / "s").exists()

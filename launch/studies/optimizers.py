@@ -247,7 +247,9 @@ def draw(figures: Figures, figure) -> None:
     for power, found in figures["pruning"].items():
         values = 100 * np.array(found["accuracy"])
         bars = 2 * values.std(axis=1, ddof=1) / values.shape[1] ** 0.5
-        kept.errorbar([100 * keep for keep in KEEPS], values.mean(axis=1), bars, marker="o", markersize=4, capsize=2, label=power)
+        kept.errorbar(
+            [100 * keep for keep in KEEPS], values.mean(axis=1), bars, marker="o", markersize=4, capsize=2, label=power
+        )
     kept.set(title="power-propagation", xlabel="weights kept, %", ylabel="held-out digits right, %", xscale="log")
     kept.set_xticks([100 * keep for keep in KEEPS], [f"{100 * keep:g}" for keep in KEEPS])
     kept.minorticks_off()
