@@ -158,9 +158,9 @@ LISTOPS_TINY = LongRangeData(
     held_out_rows=1000,
     batch_size=32,
 )
-# Data, width, blocks, modes, least modulus, pooling, steps.
+# Data, width, blocks, modes, least modulus, learning-rate factor, pooling, steps.
 TINY = {
-    "listops": (LISTOPS_TINY, 64, 4, 64, 0.0, "mean", 3000),
+    "listops": (LISTOPS_TINY, 64, 4, 64, 0.0, 0.5, "mean", 3000),
     "pathfinder": (
         LongRangeData(
             task="pathfinder", sequence_length=1024, contour_length=6, training_rows=10_000, held_out_rows=500
@@ -169,16 +169,18 @@ TINY = {
         4,
         64,
         0.9,
+        0.25,
         "mean",
         3000,
     ),
-    "digits": (LongRangeData(task="digits", sequence_length=64), 64, 2, 64, 0.9, "mean", 1000),
+    "digits": (LongRangeData(task="digits", sequence_length=64), 64, 2, 64, 0.9, 0.25, "mean", 1000),
     "first-token": (
         LongRangeData(task="first-token", sequence_length=128, held_out_rows=512),
         16,
         2,
         16,
         0.99,
+        0.25,
         "last",
         500,
     ),
@@ -186,7 +188,7 @@ TINY = {
 
 
 def tiny(name: str) -> Callable[[], Config]:
-    data, width, depth, modes, r_min, pooling, steps = TINY[name]
+    data, width, depth, modes, r_min, rate_factor, pooling, steps = TINY[name]
 
     def experiment() -> Config:
         return Config(
@@ -197,6 +199,7 @@ def tiny(name: str) -> Callable[[], Config]:
                 depth=depth,
                 state_size=modes,
                 r_min=r_min,
+                rate_factor=rate_factor,
                 pooling=pooling,
                 num_classes=data.num_classes,
             ),
