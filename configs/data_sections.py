@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from configs.biographies import BiographyData
 from configs.section import ConfigError, Section, setting
 
 _DATA = ("data", "result")
@@ -306,4 +307,4 @@ class ImageData(Section):
 
 
 TokenizedData = TextData | PreparedData | ChatData  # what has a tokenizer
-DataConfig = TextData | PreparedData | ChatData | RecallData | ImageData
+DataConfig = TextData | PreparedData | ChatData | RecallData | BiographyData | ImageData

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ChatData, DataConfig, ImageData, PreparedData, RecallData, TextData
+from configs.schema import BiographyData, ChatData, DataConfig, ImageData, PreparedData, RecallData, TextData
+from data.biographies import open_biographies
 from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
@@ -19,6 +20,7 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
     PreparedData.kind: open_prepared,
     ChatData.kind: open_chat,
     RecallData.kind: open_recall,
+    BiographyData.kind: open_biographies,
     ImageData.kind: open_images,
 }
 
