@@ -47,8 +47,8 @@ def tiny(family: str) -> Callable[[], Config]:
             model=facts_model(TINY_DATA, family, pattern, width=64, depth=2, num_heads=4),
             data=TINY_DATA,
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0, final_fraction=0.0),
-            trainer=TrainerConfig(steps=1500, log_every=100),
-            checkpoint=CheckpointConfig(every=1500),
+            trainer=TrainerConfig(steps=2000, log_every=100),
+            checkpoint=CheckpointConfig(every=2000),
             eval=EvalConfig(every=25, batches=0),
         )
 
