@@ -38,7 +38,10 @@ class BiographyData(Section):
     )
     templates: int = setting(8, "sentences an attribute may be told in", low=2, changes=(*_DATA, "checkpoint"))
     training_templates: int = setting(
-        6, "those of them that training uses of a person, others for each; evaluation uses the rest", low=1, changes=_DATA
+        6,
+        "those of them that training uses of a person, others for each; evaluation uses the rest",
+        low=1,
+        changes=_DATA,
     )
     template_tokens: int = setting(
         2, "words between name and value, each template's own", low=1, changes=(*_DATA, "checkpoint")
@@ -50,12 +53,18 @@ class BiographyData(Section):
         changes=_DATA,
     )
     replay: float = setting(
-        0.0, "how often training returns to a person earlier than `first`, over one of the population", low=0, changes=_DATA
+        0.0,
+        "how often training returns to a person earlier than `first`, over one of the population",
+        low=0,
+        changes=_DATA,
     )
     sequence_length: int = setting(18, "tokens a row T, one biography each", low=2, changes=_SHAPE)
     batch_size: int = setting(64, "rows a step, over all devices", low=1, changes=_SHAPE)
     held_out_rows: int = setting(
-        512, "rows of an evaluation about each of: the population, unseen people, and earlier ones", low=1, changes=_DATA
+        512,
+        "rows of an evaluation about each of: the population, unseen people, and earlier ones",
+        low=1,
+        changes=_DATA,
     )
     seed: int = setting(0, "names, facts, which templates train, and the rows", low=0, changes=_DATA)
 
@@ -78,7 +87,9 @@ class BiographyData(Section):
     def sizes_of(self, words: str) -> tuple[int, ...]:
         sizes = tuple(int(size) if size.isdecimal() else 0 for size in words.split("x"))
         if min(sizes) < 1 or math.prod(sizes) < 2:
-            raise ConfigError(f"{self.show('attributes')}: {words!r} is no number of values above 1, such as 16 or 200x12x31")
+            raise ConfigError(
+                f"{self.show('attributes')}: {words!r} is no number of values above 1, such as 16 or 200x12x31"
+            )
         return sizes
 
     def sampled(self) -> tuple[str, list[float]]:
@@ -93,7 +104,9 @@ class BiographyData(Section):
         form = SAMPLING[rule]
         whole = [number for name, number in zip(form.split(":")[1:], numbers, strict=False) if name in COUNTS]
         if len(numbers) != form.count(":") or not all(0 <= n < math.inf for n in numbers) or any(n % 1 for n in whole):
-            raise ConfigError(f"{self.show('sampling')} is not {form}, with numbers from 0 on, whole but for EXPONENT and WEIGHT")
+            raise ConfigError(
+                f"{self.show('sampling')} is not {form}, with numbers from 0 on, whole but for EXPONENT and WEIGHT"
+            )
         return rule, numbers
 
     def check(self) -> None:

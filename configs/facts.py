@@ -65,7 +65,9 @@ def full(family: str) -> Callable[[], Config]:
         run = on_a_pod(f"facts-{family}", model, DATA.sequence_length, DATA.batch_size, 16_000, optimizer)
         return dataclasses.replace(run, data=DATA, eval=EvalConfig(every=50, batches=0))
 
-    experiment.__doc__ = f"{words} of 8 layers on biographies of 65,536 people with 6 attributes: 2503.21676, section 2."
+    experiment.__doc__ = (
+        f"{words} of 8 layers on biographies of 65,536 people with 6 attributes: 2503.21676, section 2."
+    )
     return experiment
 
 

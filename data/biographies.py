@@ -155,9 +155,7 @@ def templates_of(config: BiographyData, people: np.ndarray) -> np.ndarray:
     return np.argsort(random_words(config, "templates", people, math.prod(shape[1:])).reshape(shape), axis=-1)
 
 
-def told(
-    config: BiographyData, people: np.ndarray, held_out: bool, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def told(config: BiographyData, people: np.ndarray, held_out: bool, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Biographies of people [B], int64 [B, T + 1] from BOS on, and where they have which attribute's value, from 1 on.
 
     A sentence is a name, a template's words and a value. Those of all attributes follow one another in a random order.

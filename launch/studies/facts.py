@@ -2,15 +2,19 @@
 of people they never saw, and what new people do to old ones."""
 
 import itertools
+import math
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
 
-from launch.studies.study import BESIDE, COLOURS, Figures, Study, family
+from launch.studies.study import BESIDE, COLOURS, Figures, Study
 
 SIZES, FULL_SIZES = (512, 1024, 2048, 4096), (4096, 16_384, 65_536, 262_144)
-LEFT, LEARNED = 1.02, 0.95  # of the no-knowledge loss: generic statistics are known below the one, people below the other
+LEFT, LEARNED = (
+    1.02,
+    0.95,
+)  # of the no-knowledge loss: generic statistics are known below the one, people below the other
 OTHERS = (0.98, 0.9)  # in place of LEARNED
 ARMS = ("uniform", "power:0.8", "warmup:512:128", "warmup:512:256")
 SEEDS = (10, 11, 12, 13, 14)
@@ -68,16 +72,19 @@ def curves_of(run: pathlib.Path, names: Iterable[str]) -> dict[str, list[float]]
 
 def phases(run: pathlib.Path) -> dict:
     """Where a run's phases end, its curves, and what it says of seen and unseen people at the end."""
+    from configs.schema import BiographyData
     from data.biographies import no_knowledge
     from trainer.evaluate import read_config
 
-    config = read_config(run)
-    baseline = no_knowledge(config.data)  # type: ignore[arg-type]
+    data = read_config(run).data
+    assert isinstance(data, BiographyData)
+    baseline = no_knowledge(data)
     names = ("attribute_loss", "attribute_accuracy", "max_probability", "entropy")
     curves = curves_of(run, (*names, *(f"unseen_{name}" for name in names)))
     steps, losses = np.array(curves["step"]), np.array(curves["attribute_loss"])
     return {
         "baseline": baseline,
+        "chance": float(np.mean([1 / math.prod(sizes) for sizes in data.values])),
         "curves": curves,
         "generic_at": first_below(steps, losses, LEFT * baseline),
         "known_at": stays_below(steps, losses, LEARNED * baseline),
@@ -128,6 +135,158 @@ def tuning(run: pathlib.Path, base: pathlib.Path) -> dict:
     return found
 
 
+def judged(figures: Figures) -> list[tuple[str, bool]]:
+    """What was to be shown, written down before anything was trained, and whether it was."""
+    found = []
+    for mixer in COLOURS:
+        sizes = [s for s in figures["sizes"] if s["family"] == mixer and s["people"] >= KNOWN]
+        if sizes:
+            long = [plateau_steps(s) >= 100 and s["curves"]["attribute_accuracy"][-1] > 0.9 for s in sizes]
+            found.append((f"{mixer}: a plateau of 100 steps at chance, then over 90 % right, at some size", any(long)))
+            found.append(
+                (f"{mixer}: knows nothing of the unseen, and is ever surer of it", all(map(hallucinates, sizes)))
+            )
+    for mixer, law in figures["laws"].items():
+        agrees = 0.5 <= law["exponent"] <= 1.1 and law["r_squared"] > 0.95
+        found.append((f"{mixer}: the plateau ends at people^0.5 to 1.1, R^2 over 0.95", agrees))
+    for sampling in ARMS[1:]:
+        if differences := gains(figures["arms"], sampling):
+            mean, error = mean_and_error(differences)
+            found.append((f"{sampling} ends the plateau sooner, by 2 standard errors of 5 seeds", mean <= -2 * error))
+    if replays := {r["replay"]: r for r in figures["replays"]}:
+        alone = replays[0]
+        until = [old for step, old in zip(alone["step"], alone["old_attribute_accuracy"], strict=True) if step <= 200]
+        lost = next((i for i, old in enumerate(until) if old <= until[0] - 0.2), None)
+        new = alone["new_attribute_accuracy"]
+        found.append(
+            (
+                "new people cost old ones 20 points before they are known by 20",
+                lost is not None and new[lost] < new[0] + 0.2,
+            )
+        )
+        last = {weight: r["old_attribute_loss"][-1] for weight, r in replays.items()}
+        found.append(("replay lowers the loss of old people", all(last[w] < last[0] for w in last if w)))
+    return found
+
+
+def plateau_steps(size: dict) -> int:
+    """Steps of the longest stretch of evaluations within 3 % of the no-knowledge loss, less than twice chance right."""
+    curves, longest, start = size["curves"], 0, None
+    for step, loss, right in zip(curves["step"], curves["attribute_loss"], curves["attribute_accuracy"], strict=True):
+        if abs(loss / size["baseline"] - 1) > 0.03 or right >= 2 * size["chance"]:
+            start = None
+            continue
+        start = step if start is None else start
+        longest = max(longest, step - start)
+    return longest
+
+
+def hallucinates(size: dict) -> bool:
+    """Unseen people's loss is 5 % above the no-knowledge loss once 30 % of the seen are right, and half above at the end, while
+    the model is less sure of them than of the seen."""
+    curves, baseline = size["curves"], size["baseline"]
+    know = next((i for i, right in enumerate(curves["attribute_accuracy"]) if right > 0.3), None)
+    unseen, sure = (
+        curves["unseen_attribute_loss"],
+        (curves["unseen_max_probability"][-1], curves["max_probability"][-1]),
+    )
+    return know is not None and unseen[know] > 1.05 * baseline and unseen[-1] > 1.5 * baseline and sure[0] < sure[1]
+
+
+def gains(arms: list[dict], sampling: str) -> list[int]:
+    """Steps by which the plateau ends later than with uniform sampling, seed by seed; negative: sooner."""
+    at = {(arm["sampling"], arm["seed"]): arm["known_at"] for arm in arms}
+    pairs = [(at.get((sampling, seed)), at.get(("uniform", seed))) for seed in SEEDS]
+    return [one - other for one, other in pairs if one and other]
+
+
+def mean_and_error(values: list[int]) -> tuple[float, float]:
+    """Mean and its standard error, infinite of one value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
+        values
+    ) > 1 else math.inf
+
+
+def table(figures: Figures) -> list[str]:
+    lines = [
+        f"{'':<14}{'people':>8}{'generic at':>12}{'known at':>10}{'right, %':>10}{'unseen: loss':>14}{'sure of seen':>14}{'unseen':>8}"
+    ]
+    for size in figures["sizes"]:
+        last = {name: values[-1] for name, values in size["curves"].items()}
+        lines.append(
+            f"{size['family']:<14}{size['people']:>8,}{size['generic_at'] or 'never':>12}{size['known_at'] or 'never':>10}"
+            f"{100 * last['attribute_accuracy']:>10.1f}{last['unseen_attribute_loss']:>14.2f}"
+            f"{last['max_probability']:>14.2f}{last['unseen_max_probability']:>8.2f}"
+        )
+    for mixer, law in figures["laws"].items():
+        low, high = law["interval"]
+        lines.append(
+            f"{mixer}: known at {law['scale']:.2f} people^{law['exponent']:.2f} ({low:.2f} to {high:.2f}), R^2 {law['r_squared']:.3f}"
+        )
+    for sampling in ARMS:
+        if ends := [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]:
+            mean, error = mean_and_error(ends)
+            later, spread = mean_and_error(gains(figures["arms"], sampling))
+            lines.append(
+                f"{sampling:<18}known at {mean:.0f} ({error:.0f}), less uniform {later:+.0f} ({spread:.0f}), of {len(ends)} seeds"
+            )
+    for run in figures["replays"]:
+        old, new = run["old_attribute_accuracy"], run["new_attribute_accuracy"]
+        lines.append(
+            f"replay {run['replay']:<6g}old people right {100 * old[0]:.1f} %, at worst {100 * min(old):.1f}, at last "
+            f"{100 * old[-1]:.1f}; new ones {100 * new[0]:.1f}, at last {100 * new[-1]:.1f}"
+        )
+    return [*lines, "", *(f"{'yes' if right else 'NO':<5}{what}" for what, right in judged(figures))]
+
+
+def draw(figures: Figures, figure) -> None:
+    figure.set_size_inches(7.5, 6.4)
+    (phases_axes, law_axes), (unseen_axes, tuning_axes) = figure.subplots(2, 2)
+    for size in (s for s in figures["sizes"] if s["family"] == "transformer"):
+        shade = 0.25 + 0.2 * SIZES.index(size["people"]) if size["people"] in SIZES else 1.0
+        phases_axes.plot(
+            size["curves"]["step"],
+            size["curves"]["attribute_loss"],
+            color=COLOURS["transformer"],
+            alpha=shade,
+            label=f"{size['people']:,} people",
+        )
+    baseline = figures["sizes"][0]["baseline"]
+    for axes in (phases_axes, unseen_axes):
+        axes.axhline(baseline, color="grey", linestyle=":")
+        axes.set(xlabel="step", ylabel="attribute loss, nats")
+    phases_axes.set(title="Transformer: three phases", xscale="log")
+    for mixer, colour in COLOURS.items():
+        sizes = [s for s in figures["sizes"] if s["family"] == mixer and s["known_at"]]
+        people = [s["people"] for s in sizes]
+        law_axes.plot(
+            people, [s["known_at"] for s in sizes], color=colour, marker="o", linestyle="", label=mixer.capitalize()
+        )
+        if law := figures["laws"].get(mixer):
+            law_axes.plot(people, [law["scale"] * n ** law["exponent"] for n in people], color=colour, linewidth=1)
+        for size in figures["sizes"]:
+            if size["family"] == mixer and size["people"] == KNOWN:
+                curves = size["curves"]
+                unseen_axes.plot(
+                    curves["step"], curves["unseen_attribute_loss"], color=colour, label=mixer.capitalize()
+                )
+                unseen_axes.plot(curves["step"], curves["attribute_loss"], color=colour, linestyle="--")
+    law_axes.set(title="end of the plateau", xscale="log", yscale="log", xlabel="people", ylabel="step")
+    ticks = sorted({s["people"] for s in figures["sizes"]})
+    law_axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    law_axes.minorticks_off()
+    unseen_axes.set(title=f"{KNOWN:,} people: unseen ones (dashed: seen)")
+    for run, colour in zip(figures["replays"], COLOURS.values(), strict=False):
+        label = f"replay {run['replay']:g}"
+        tuning_axes.plot(run["step"], run["old_attribute_accuracy"], color=colour, label=label)
+        tuning_axes.plot(run["step"], run["new_attribute_accuracy"], color=colour, linestyle="--")
+    tuning_axes.set(
+        title=f"{NEW} new people (dashed) cost old ones", xlabel="step", ylabel="share right", ylim=(-0.03, 1.03)
+    )
+    for axes in (phases_axes, law_axes, unseen_axes, tuning_axes):
+        axes.legend(frameon=False)
+
+
 STUDY = Study(
     question="when do models learn facts about people, and what do they say of people they do not know?",
     configs=(
@@ -138,6 +297,6 @@ STUDY = Study(
     ),
     full=tuple(of_size(mixer, people, "") for mixer in COLOURS for people in FULL_SIZES),
     measure=measure,
-    table=lambda figures: [],
-    draw=lambda figures, figure: None,
+    table=table,
+    draw=draw,
 )
