@@ -216,9 +216,9 @@ def test_batches_are_the_same_on_any_number_of_hosts_and_fields_as_announced():
 
 def test_metrics_are_those_of_the_papers_definitions():
     """Against float64 loops over rows, groups and attributes; the last batch has rows of padding."""
-    config = EXPERIMENTS["facts-griffin-tiny"]()
+    config = EXPERIMENTS["facts-transformer-tiny"]()
     data = dataclasses.replace(ODD, first=4, population=6, held_out_rows=10, batch_size=16)
-    model = dataclasses.replace(config.model, vocab_size=data.vocab_size, width=16, rnn_width=16, mlp_width=16)
+    model = dataclasses.replace(config.model, vocab_size=data.vocab_size, width=16, mlp_width=16, depth=1)
     config = dataclasses.replace(config, data=data, model=model)
     task, mesh, opened = make_task(config), one_device_mesh(), open_data(data)
     with jax.set_mesh(mesh):

@@ -4,7 +4,7 @@ of people they never saw, and what new people do to old ones."""
 import itertools
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ ARMS = ("uniform", "power:0.8", "warmup:512:128", "warmup:512:256")
 SEEDS = (10, 11, 12, 13, 14)
 KNOWN, NEW = 1024, 128
 REPLAYS = (0, 0.125, 1)
+EARLY = "facts-transformer-tiny --trainer.steps 50 --optimizer.schedule constant"  # for its attention, before it knows anybody
 
 
 def of_size(mixer: str, people: int, size: str = "-tiny") -> str:
@@ -58,8 +59,18 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
         for weight in REPLAYS
         if (words := of_replay(weight)) in runs
     ]
+    found: Figures = {"sizes": sizes, "arms": arms, "replays": replays}
+    if EARLY in runs:
+        from configs import EXPERIMENTS
+        from launch.studies import facts_patching
+
+        late = runs[of_size("transformer", KNOWN)]
+        tuned = {f"replay {weight:g}": runs[words] for weight in REPLAYS if (words := of_replay(weight)) in runs}
+        found |= facts_patching.measure(
+            EXPERIMENTS["facts-transformer-tiny"](), {"late": late, "early": runs[EARLY]}, {"before": late} | tuned
+        )
     laws = {mixer: law for mixer in COLOURS if (law := plateau_law([s for s in sizes if s["family"] == mixer]))}
-    return {"sizes": sizes, "laws": laws, "arms": arms, "replays": replays}
+    return found | {"laws": laws}
 
 
 def curves_of(run: pathlib.Path, names: Iterable[str]) -> dict[str, list[float]]:
@@ -152,7 +163,20 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
     for sampling in ARMS[1:]:
         if differences := gains(figures["arms"], sampling):
             mean, error = mean_and_error(differences)
-            found.append((f"{sampling} ends the plateau sooner, by 2 standard errors of 5 seeds", mean <= -2 * error))
+            found.append((f"{sampling} ends the plateau sooner, by 2 standard errors of 5 seeds", mean < -2 * error))
+    if patched := figures.get("patched"):
+        own = next(s for s in figures["sizes"] if s["family"] == "transformer" and s["people"] == KNOWN)
+        plateau = plateau_of(own["curves"]["step"], own["curves"]["attribute_loss"], own["baseline"])
+        left = {name: plateau_of(*zip(*curve, strict=True), own["baseline"]) for name, curve in patched.items()}
+        found.append(("late attention takes half of the plateau or more away", left["late"] <= plateau / 2))
+        found.append(("early attention takes less than a tenth of it away", left["early"] >= 0.9 * plateau))
+        before = figures["attention"]["before"]
+        moved = [
+            abs(now / was - 1)
+            for name in figures["attention"]
+            for now, was in zip(figures["attention"][name], before, strict=True)
+        ]
+        found.append(("new people move the attention to names by less than 10 %", max(moved) < 0.1))
     if replays := {r["replay"]: r for r in figures["replays"]}:
         alone = replays[0]
         until = [old for step, old in zip(alone["step"], alone["old_attribute_accuracy"], strict=True) if step <= 200]
@@ -167,6 +191,13 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
         last = {weight: r["old_attribute_loss"][-1] for weight, r in replays.items()}
         found.append(("replay lowers the loss of old people", all(last[w] < last[0] for w in last if w)))
     return found
+
+
+def plateau_of(steps: Sequence[int], losses: Sequence[float], baseline: float) -> float:
+    """Steps between generic statistics and people; endless if one of them is never known."""
+    generic = first_below(np.array(steps), np.array(losses), LEFT * baseline)
+    known = stays_below(np.array(steps), np.array(losses), LEARNED * baseline)
+    return math.inf if generic is None or known is None else known - generic
 
 
 def plateau_steps(size: dict) -> int:
@@ -236,12 +267,19 @@ def table(figures: Figures) -> list[str]:
             f"replay {run['replay']:<6g}old people right {100 * old[0]:.1f} %, at worst {100 * min(old):.1f}, at last "
             f"{100 * old[-1]:.1f}; new ones {100 * new[0]:.1f}, at last {100 * new[-1]:.1f}"
         )
+    for name, curve in figures.get("patched", {}).items():
+        plateau = plateau_of(*zip(*curve, strict=True), figures["sizes"][0]["baseline"])
+        lines.append(
+            f"with {name} attention a plateau of {plateau:g} steps, attribute loss {curve[-1][1]:.2f} at step {curve[-1][0]}"
+        )
+    for name, shares in figures.get("attention", {}).items():
+        lines.append(f"attention to names, {name}: " + ", ".join(f"{share:.3f}" for share in shares))
     return [*lines, "", *(f"{'yes' if right else 'NO':<5}{what}" for what, right in judged(figures))]
 
 
 def draw(figures: Figures, figure) -> None:
-    figure.set_size_inches(7.5, 6.4)
-    (phases_axes, law_axes), (unseen_axes, tuning_axes) = figure.subplots(2, 2)
+    figure.set_size_inches(7.5, 9.0)
+    (phases_axes, law_axes), (unseen_axes, tuning_axes), (patch_axes, arm_axes) = figure.subplots(3, 2)
     for size in (s for s in figures["sizes"] if s["family"] == "transformer"):
         shade = 0.25 + 0.2 * SIZES.index(size["people"]) if size["people"] in SIZES else 1.0
         phases_axes.plot(
@@ -252,7 +290,7 @@ def draw(figures: Figures, figure) -> None:
             label=f"{size['people']:,} people",
         )
     baseline = figures["sizes"][0]["baseline"]
-    for axes in (phases_axes, unseen_axes):
+    for axes in (phases_axes, unseen_axes, patch_axes):
         axes.axhline(baseline, color="grey", linestyle=":")
         axes.set(xlabel="step", ylabel="attribute loss, nats")
     phases_axes.set(title="Transformer: three phases", xscale="log")
@@ -271,6 +309,11 @@ def draw(figures: Figures, figure) -> None:
                     curves["step"], curves["unseen_attribute_loss"], color=colour, label=mixer.capitalize()
                 )
                 unseen_axes.plot(curves["step"], curves["attribute_loss"], color=colour, linestyle="--")
+                if mixer == "transformer":
+                    until = sum(step <= 500 for step in curves["step"])
+                    patch_axes.plot(
+                        curves["step"][:until], curves["attribute_loss"][:until], color="black", label="its own"
+                    )
     law_axes.set(title="end of the plateau", xscale="log", yscale="log", xlabel="people", ylabel="step")
     ticks = sorted({s["people"] for s in figures["sizes"]})
     law_axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -283,7 +326,15 @@ def draw(figures: Figures, figure) -> None:
     tuning_axes.set(
         title=f"{NEW} new people (dashed) cost old ones", xlabel="step", ylabel="share right", ylim=(-0.03, 1.03)
     )
-    for axes in (phases_axes, law_axes, unseen_axes, tuning_axes):
+    for (name, curve), colour in zip(figures.get("patched", {}).items(), COLOURS.values(), strict=False):
+        patch_axes.plot(*zip(*curve, strict=True), color=colour, label=name)
+    patch_axes.set(title=f"{KNOWN:,} people, attention of a trained model")
+    for place, sampling in enumerate(ARMS):
+        ends = [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]
+        arm_axes.plot([place] * len(ends), ends, color="black", marker="o", linestyle="", alpha=0.5)
+    arm_axes.set_xticks(range(len(ARMS)), [arm.replace(":", "\n", 1) for arm in ARMS])
+    arm_axes.set(title="2,048 people: end of the plateau", ylabel="step", xlim=(-0.5, len(ARMS) - 0.5))
+    for axes in (phases_axes, law_axes, unseen_axes, tuning_axes, patch_axes):
         axes.legend(frameon=False)
 
 
@@ -292,6 +343,7 @@ STUDY = Study(
     configs=(
         *(of_size("transformer", people) for people in SIZES),
         *map(of_replay, REPLAYS),
+        EARLY,
         *(of_size(mixer, people) for mixer in ("griffin", "hawk") for people in SIZES),
         *(of_arm(sampling, seed) for seed in SEEDS for sampling in ARMS),
     ),
