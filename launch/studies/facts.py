@@ -11,10 +11,7 @@ import numpy as np
 from launch.studies.study import BESIDE, COLOURS, Figures, Study
 
 SIZES, FULL_SIZES = (512, 1024, 2048, 4096), (4096, 16_384, 65_536, 262_144)
-LEFT, LEARNED = (
-    1.02,
-    0.95,
-)  # of the no-knowledge loss: generic statistics are known below the one, people below the other
+LEFT, LEARNED = 1.02, 0.95  # of the no-knowledge loss: below the one values are known, below the other people
 OTHERS = (0.98, 0.9)  # in place of LEARNED
 ARMS = ("uniform", "power:0.8", "warmup:512:128", "warmup:512:256")
 SEEDS = (10, 11, 12, 13, 14)
@@ -289,7 +286,8 @@ def draw(figures: Figures, figure) -> None:
             alpha=shade,
             label=f"{size['people']:,} people",
         )
-    baseline = figures["sizes"][0]["baseline"]
+    baseline, every = figures["sizes"][0]["baseline"], sorted({s["people"] for s in figures["sizes"]})
+    shown = KNOWN if KNOWN in every else every[0]
     for axes in (phases_axes, unseen_axes, patch_axes):
         axes.axhline(baseline, color="grey", linestyle=":")
         axes.set(xlabel="step", ylabel="attribute loss, nats")
@@ -303,7 +301,7 @@ def draw(figures: Figures, figure) -> None:
         if law := figures["laws"].get(mixer):
             law_axes.plot(people, [law["scale"] * n ** law["exponent"] for n in people], color=colour, linewidth=1)
         for size in figures["sizes"]:
-            if size["family"] == mixer and size["people"] == KNOWN:
+            if size["family"] == mixer and size["people"] == shown:
                 curves = size["curves"]
                 unseen_axes.plot(
                     curves["step"], curves["unseen_attribute_loss"], color=colour, label=mixer.capitalize()
@@ -315,10 +313,9 @@ def draw(figures: Figures, figure) -> None:
                         curves["step"][:until], curves["attribute_loss"][:until], color="black", label="its own"
                     )
     law_axes.set(title="end of the plateau", xscale="log", yscale="log", xlabel="people", ylabel="step")
-    ticks = sorted({s["people"] for s in figures["sizes"]})
-    law_axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    law_axes.set_xticks(every, [f"{n:,}" for n in every])
     law_axes.minorticks_off()
-    unseen_axes.set(title=f"{KNOWN:,} people: unseen ones (dashed: seen)")
+    unseen_axes.set(title=f"{shown:,} people: unseen ones (dashed: seen)")
     for run, colour in zip(figures["replays"], COLOURS.values(), strict=False):
         label = f"replay {run['replay']:g}"
         tuning_axes.plot(run["step"], run["old_attribute_accuracy"], color=colour, label=label)
@@ -328,7 +325,7 @@ def draw(figures: Figures, figure) -> None:
     )
     for (name, curve), colour in zip(figures.get("patched", {}).items(), COLOURS.values(), strict=False):
         patch_axes.plot(*zip(*curve, strict=True), color=colour, label=name)
-    patch_axes.set(title=f"{KNOWN:,} people, attention of a trained model")
+    patch_axes.set(title=f"{shown:,} people, attention of a trained model")
     for place, sampling in enumerate(ARMS):
         ends = [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]
         arm_axes.plot([place] * len(ends), ends, color="black", marker="o", linestyle="", alpha=0.5)
