@@ -152,6 +152,12 @@ def test_a_warm_up_shows_few_people_for_the_first_batches():
     early, late = share(config, 50, range(1600)), share(config, 50, range(1600, 41_600))
     assert early[10:].sum() == 0
     assert (early[:10] > 0).all()
+    assert share(config, 50, range(1600, 1616))[10:].sum() > 0.3  # the batch after them: 0.8 in expectation, of 16 rows
+    data = open_data(config)
+    for step in (0, 99, 100):  # a step reads the rows that belong to it
+        np.testing.assert_array_equal(
+            data.train_batch(step)["tokens"], data.train.read(np.arange(16 * step, 16 * step + 16))["tokens"]
+        )
     assert (abs(late - 0.02) < 5 * np.sqrt(0.02 / 40_000)).all()
 
 
