@@ -1,6 +1,7 @@
 """The study of facts: what it reads off curves, what it fits, and that patched attention is attention."""
 
 import dataclasses
+import json
 import math
 import xml.etree.ElementTree as xml
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import EXPERIMENTS
+from configs.store import to_json
 from data import open_data
 from launch.studies import STUDIES, facts
 from launch.studies.facts_patching import all_maps, patched_logits, patched_nats
@@ -86,6 +88,52 @@ def test_gains_are_those_of_the_same_seed():
     ]
     assert facts.gains(arms, "power:0.8") == [-10, -30]
     assert facts.mean_and_error([-10, -30]) == pytest.approx((-20, 10))
+
+
+def write_run(folder, name: str, evaluations: dict[int, dict], **data) -> None:
+    config = EXPERIMENTS[name]()
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        to_json(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
+    )
+    records = [{"kind": "eval", "step": step, **metrics} for step, metrics in evaluations.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_figures_are_those_of_the_runs(tmp_path):
+    names = ("attribute_loss", "attribute_accuracy", "max_probability", "entropy")
+
+    def told(**groups):
+        return {
+            f"{group}{name}": value
+            for group, values in groups.items()
+            for name, value in zip(names, values, strict=True)
+        }
+
+    base = {
+        25: told(**{"": (2.82, 0.1, 0.1, 2.8), "unseen_": (2.9, 0.06, 0.1, 2.8)}),
+        50: told(**{"": (2.0, 0.4, 0.5, 1.0), "unseen_": (6.0, 0.05, 0.4, 1.5)}),
+    }
+    tuned = {10: told(**{"": (3.0, 0.3, 0.5, 1.0), "unseen_": (6.0, 0.1, 0.4, 1.5), "earlier_": (2.5, 0.2, 0.5, 1.0)})}
+    write_run(tmp_path / "base", "facts-transformer-tiny", base)
+    write_run(tmp_path / "tuned", "facts-transformer-tiny", tuned, first=1024, population=128, replay=0.125)
+    runs = {facts.of_size("transformer", 1024): tmp_path / "base", facts.of_replay(0.125): tmp_path / "tuned"}
+    found = facts.measure(runs)
+    (size,), (replay,) = found["sizes"], found["replays"]
+    assert (size["family"], size["people"], size["generic_at"], size["known_at"]) == ("transformer", 1024, 25, 50)
+    assert size["baseline"] == pytest.approx(BASE)
+    assert size["chance"] == 1 / 16
+    assert size["curves"]["unseen_attribute_loss"] == [2.9, 6.0]
+    assert replay == {
+        "replay": 0.125,
+        "step": [0, 10],
+        "old_attribute_accuracy": [0.4, 0.2],
+        "new_attribute_accuracy": [0.05, 0.3],
+        "old_attribute_loss": [2.0, 2.5],
+        "new_attribute_loss": [6.0, 3.0],
+    }
+    assert found["arms"] == []
+    assert found["laws"] == {}
 
 
 def figures(good: bool) -> dict:

@@ -58,14 +58,11 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
     ]
     found: Figures = {"sizes": sizes, "arms": arms, "replays": replays}
     if EARLY in runs:
-        from configs import EXPERIMENTS
         from launch.studies import facts_patching
 
         late = runs[of_size("transformer", KNOWN)]
         tuned = {f"replay {weight:g}": runs[words] for weight in REPLAYS if (words := of_replay(weight)) in runs}
-        found |= facts_patching.measure(
-            EXPERIMENTS["facts-transformer-tiny"](), {"late": late, "early": runs[EARLY]}, {"before": late} | tuned
-        )
+        found |= facts_patching.measure(late, {"late": late, "early": runs[EARLY]}, {"before": late} | tuned)
     laws = {mixer: law for mixer in COLOURS if (law := plateau_law([s for s in sizes if s["family"] == mixer]))}
     return found | {"laws": laws}
 

@@ -18,6 +18,7 @@ from data import open_data
 from launch.studies.study import Figures, trained
 from models.blocks import rms_norm
 from models.griffin import Block, Griffin, LocalAttention
+from trainer.evaluate import read_config
 from trainer.program import make_program
 from trainer.tasks import Batch, cross_entropy, make_task
 
@@ -65,7 +66,7 @@ def patched_nats(model: Griffin, reference: Griffin, batch: Batch) -> jax.Array:
 
 
 def with_maps_of(reference_run: pathlib.Path, config: Config) -> list[tuple[int, float]]:
-    """(step, attribute loss) of a model of `config`, from its own start, that attends as the reference does."""
+    """(step, attribute loss) of a run of `config`, from its own start, that attends as the reference does."""
 
     def loss(model: Any, batch: Batch, key: jax.Array, *, teacher: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         nats = patched_nats(model, teacher, batch)
@@ -86,7 +87,7 @@ def with_maps_of(reference_run: pathlib.Path, config: Config) -> list[tuple[int,
         program = make_program(config, dataclasses.replace(make_task(config), loss=loss), jax.sharding.get_mesh())
         state = jax.jit(program.init)()
         step_program = program.trace(reference).lower().compile()
-        for step in range(1, STEPS + 1):
+        for step in range(1, min(STEPS, config.trainer.steps) + 1):
             state, _ = step_program(state, place(data.train_batch(step - 1)), reference)
             if step % EVERY == 0:
                 nats = sum(float(value_nats(state.model, reference, place(rows))) for rows in data.held_out_batches())
@@ -109,9 +110,10 @@ def attention_to_names(run: pathlib.Path) -> list[float]:
         return [float(np.einsum("bnts,bs->bnt", np.asarray(m), rows["names"]).mean(axis=1)[asks].mean()) for m in maps]
 
 
-def measure(config: Config, references: dict[str, pathlib.Path], tuned: dict[str, pathlib.Path]) -> Figures:
-    """Curves with the maps of each reference, and the attention that names get in each of `tuned`."""
+def measure(run: pathlib.Path, references: dict[str, pathlib.Path], tuned: dict[str, pathlib.Path]) -> Figures:
+    """Curves of the same run with the maps of each reference, and the attention that names get in each of `tuned`."""
+    config = read_config(run)
     return {
-        "patched": {name: with_maps_of(run, config) for name, run in references.items()},
-        "attention": {name: attention_to_names(run) for name, run in tuned.items()},
+        "patched": {name: with_maps_of(reference, config) for name, reference in references.items()},
+        "attention": {name: attention_to_names(one) for name, one in tuned.items()},
     }
