@@ -22,7 +22,7 @@ from trainer.evaluate import read_config
 from trainer.program import make_program
 from trainer.tasks import Batch, cross_entropy, make_task
 
-STEPS, EVERY = 400, 25
+STEPS, EVERY = 300, 25
 
 
 def blocks_of(model: Griffin) -> list[Block]:
