@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import chat, gemma, griffin, image_studies, long_range, lru, nfnet, private, studies
+from configs import chat, facts, gemma, griffin, image_studies, long_range, lru, nfnet, private, studies
 from configs.schema import Config
 
 RELEASED: dict[str, Callable[[], Config]] = {
@@ -25,6 +25,7 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **RELEASED,
     **{f"{name}-chat": chat.chat(experiment) for name, experiment in {**TINY, **RELEASED}.items()},
     **studies.STUDIES,
+    **facts.FACTS,
     **image_studies.STUDIES,
     **private.PRIVATE,
     **long_range.LONG_RANGE,

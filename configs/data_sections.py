@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from configs.biographies import BiographyData
 from configs.long_range_data import LongRangeData
 from configs.section import ConfigError, Section, setting
 
@@ -307,4 +308,4 @@ class ImageData(Section):
 
 
 TokenizedData = TextData | PreparedData | ChatData  # what has a tokenizer
-DataConfig = TextData | PreparedData | ChatData | RecallData | LongRangeData | ImageData
+DataConfig = TextData | PreparedData | ChatData | RecallData | LongRangeData | BiographyData | ImageData

@@ -11,6 +11,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from configs.biographies import BiographyData
 from configs.data_sections import (
     ChatData,
     DataConfig,
@@ -473,6 +474,7 @@ KINDS: dict[str, dict[str, type]] = {
 }
 
 __all__ = [  # what others import from here without its being made here
+    "BiographyData",
     "ChatData",
     "DataConfig",
     "DistillConfig",

@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ChatData, DataConfig, ImageData, LongRangeData, PreparedData, RecallData, TextData
+from configs.schema import (
+    BiographyData,
+    ChatData,
+    DataConfig,
+    ImageData,
+    LongRangeData,
+    PreparedData,
+    RecallData,
+    TextData,
+)
+from data.biographies import open_biographies
 from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
@@ -21,6 +31,7 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
     ChatData.kind: open_chat,
     RecallData.kind: open_recall,
     LongRangeData.kind: open_long_range,
+    BiographyData.kind: open_biographies,
     ImageData.kind: open_images,
 }
 

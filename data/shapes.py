@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from configs.schema import DataConfig, ImageData, LongRangeData, RecallData
+from configs.schema import BiographyData, DataConfig, ImageData, LongRangeData, RecallData
 
 Field = tuple[tuple[int, ...], type]  # shape over all hosts, dtype
 
@@ -23,6 +23,8 @@ def batch_fields(config: DataConfig, held_out: bool = False) -> dict[str, Field]
     row = (rows, config.sequence_length)
     fields: dict[str, Field] = dict.fromkeys(("tokens", "targets", "segment_pos"), (row, np.int32))
     fields["weights"] = (row, np.float32)
+    if isinstance(config, BiographyData):
+        return fields | ({"values": (row, np.int32), "group": ((rows,), np.int32)} if held_out else {})
     if isinstance(config, LongRangeData):
         fields["labels"] = ((rows,), np.int32)
         if config.channels:

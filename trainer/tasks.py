@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import reshard
 
-from configs.schema import Config, ConfigError, ImageData, LongRangeData, NFNetConfig
+from configs.schema import BiographyData, Config, ConfigError, ImageData, LongRangeData, NFNetConfig
+from data.biographies import GROUPS
 from models import FAMILIES
 from models.params import Init, Spec, refilled
 from models.remat import remat_of
@@ -171,6 +172,63 @@ def sequence_classification(config: Config) -> Task:
     )
 
 
+def biographies(config: Config) -> Task:
+    """Next-token prediction; judged by what a model knows of people, arXiv 2503.21676, section 2.
+
+    The attribute loss is the loss of all tokens of values over the number of attributes, the accuracy the share of values
+    whose every token is the likeliest; `max_probability` and `entropy` are means over those tokens, and `loss` over all.
+    Metrics of people other than the population have their group's name before them.
+    """
+    dtype, data = jnp.dtype(config.trainer.compute_dtype), config.data
+    assert isinstance(data, BiographyData)
+    attributes = len(data.attributes)
+
+    def evaluate(model, batch: Batch) -> Sums:
+        logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nats = log_z - logit_of(logits, batch["targets"])
+        expected = jnp.sum(jnp.exp(logits - log_z[..., None]) * logits, axis=-1)
+        targets, weights, values = (
+            reshard(batch[name], jax.typeof(nats).sharding.spec) for name in ("targets", "weights", "values")
+        )
+        value = (values > 0).astype(nats.dtype)
+        wrong = jnp.argmax(logits, axis=-1) != targets
+        # (B T A) -> (B A): which values have a wrong token.
+        own = values[..., None] == jnp.arange(1, attributes + 1)[None, None]
+        lost = jnp.sum(jnp.where(own & wrong[..., None], 1.0, 0.0), axis=1) > 0
+        rows = {
+            "rows": (jnp.sum(weights, axis=1) > 0).astype(nats.dtype),
+            "value_tokens": jnp.sum(value, axis=1),
+            "value_nats": jnp.sum(value * nats, axis=1),
+            "wrong": jnp.sum(lost.astype(nats.dtype), axis=1),
+            "max_probability": jnp.sum(value * jnp.exp(jnp.max(logits, axis=-1) - log_z), axis=1),
+            "entropy": jnp.sum(value * (log_z - expected), axis=1),
+            "tokens": jnp.sum(weights, axis=1),
+            "nats": jnp.sum(weights * nats, axis=1),
+        }
+        member = (batch["group"][:, None] == jnp.arange(len(GROUPS))[None]) & (rows["rows"] > 0)[:, None]
+        return {name: jnp.sum(jnp.where(member, of_row[:, None], 0.0), axis=0) for name, of_row in rows.items()}
+
+    def summarise(sums: dict[str, Any]) -> dict[str, float]:
+        metrics = {}
+        for place, group in enumerate(GROUPS):
+            of = {name: float(total[place]) for name, total in sums.items()}
+            if of["rows"]:
+                asked = of["rows"] * attributes
+                found = {
+                    "attribute_loss": of["value_nats"] / asked,
+                    "attribute_accuracy": 1 - of["wrong"] / asked,
+                    "max_probability": of["max_probability"] / of["value_tokens"],
+                    "entropy": of["entropy"] / of["value_tokens"],
+                    "loss": of["nats"] / of["tokens"],
+                }
+                metrics |= {name if place == 0 else f"{group}_{name}": one for name, one in found.items()}
+        return metrics
+
+    task = language_modelling(config)
+    return dataclasses.replace(task, evaluate=evaluate, summarise=summarise, headline="attribute_loss")
+
+
 def image_classification(config: Config) -> Task:
     """Classification with label smoothing and mixed labels; judged by the error rate on held-out images. Where several labels
     may be true together, both are means over labels: loss over all, error rate and log loss over the evaluated ones."""
@@ -301,6 +359,7 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "chat": language_modelling,
     "recall": recall,
     "long-range": sequence_classification,
+    "biographies": biographies,
     "images": image_classification,
 }
 

@@ -1,6 +1,6 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, long_context, long_range, optimizers, private, recall, universality
+from launch.studies import agc, digits, facts, long_context, long_range, optimizers, private, recall, universality
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -14,4 +14,5 @@ STUDIES: dict[str, Study] = {
     "optimizers": optimizers.STUDY,
     "private": private.STUDY,
     "universality": universality.STUDY,
+    "facts": facts.STUDY,
 }
