@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from configs.data_sections import (
     ChatData,
+    CVData,
     DataConfig,
     ImageData,
     PreparedData,
@@ -432,6 +433,7 @@ KINDS: dict[str, dict[str, type]] = {
 }
 
 __all__ = [  # what others import from here without its being made here
+    "CVData",
     "ChatData",
     "DataConfig",
     "DistillConfig",

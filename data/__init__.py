@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ChatData, DataConfig, ImageData, PreparedData, RecallData, TextData
+from configs.schema import ChatData, CVData, DataConfig, ImageData, PreparedData, RecallData, TextData
 from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
+from data.planted import open_planted
 from data.prepared import open_prepared
 from data.recall import open_recall
 from data.text import open_text
@@ -18,6 +19,7 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
     TextData.kind: open_text,
     PreparedData.kind: open_prepared,
     ChatData.kind: open_chat,
+    CVData.kind: open_planted,
     RecallData.kind: open_recall,
     ImageData.kind: open_images,
 }

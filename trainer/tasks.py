@@ -259,6 +259,7 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "text": language_modelling,
     "prepared": language_modelling,
     "chat": language_modelling,
+    "cvs": language_modelling,
     "recall": recall,
     "images": image_classification,
 }
