@@ -5,11 +5,11 @@ from configs.schema import CheckpointConfig, Config, CVData, EvalConfig, Griffin
 
 def tiny() -> Config:
     """Griffin of 2 layers on made-up CVs, in which occupation and name go with the pronoun: docs/probes.md."""
-    steps = 1000
+    steps = 500
     return Config(
         name="cv-tiny",
         model=GriffinConfig(
-            vocab_size=256, width=64, depth=2, rnn_width=64, mlp_width=128, pattern=("rec", "attn"), window=128
+            vocab_size=176, width=64, depth=2, rnn_width=64, mlp_width=64, pattern=("rec", "attn"), window=64
         ),
         data=CVData(),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),

@@ -100,7 +100,7 @@ def probe(
     found: dict[str, Any] = {"cvs": len(base), "questions": {}, "effects": []}
     for question in questions:
         answers = ask(model, question, variants)
-        found["questions"][question.name] = void_measures(question, answers, each)
+        found["questions"][question.name] = {**void_measures(question, answers, each), "example": example(question, base, answers)}
         found["effects"] += [effect(question, marker, answers) for marker in MARKERS]
     adjusted = effects.holm(np.array([row["p"] for row in found["effects"]]))
     for row, p in zip(found["effects"], adjusted, strict=True):
@@ -137,6 +137,13 @@ def void_measures(question: Question, answers: dict[str, Answers], each: int) ->
         right = [(answers[name].distribution.argmax(axis=-1) == k).mean(axis=1) for name, k in STATED.items()]
         found["accuracy_stated"] = effects.with_interval(np.concatenate(right), np.concatenate([cv, cv]))
     return found
+
+
+def example(question: Question, base: list[CV], answers: dict[str, Answers]) -> dict[str, Any]:
+    """The first question of the second CV, which has initials, and what is answered of all its variants."""
+    offered = [words[0] for words in question.choices]
+    rows = {name: dict(zip(offered, of.distribution[1, 0].tolist(), strict=True)) for name, of in answers.items()}
+    return {"prompt": question.prompt(base[1], 0, turns(2, question)[1, 0]), "answers": rows}
 
 
 def between_wordings(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,10 +228,12 @@ def main(run: str, samples: int, to: str | None) -> list[str]:
     from launch.cv_page import probe_page
     from launch.cv_tasks import write_tasks
     from launch.scoring import open_scorer, text_config
+    from launch.studies.study import new_figure
     from trainer.storage import StorageError, reason
 
     if samples < 0:
         raise ConfigError(f"--samples {samples} is out of range: 0 or more is allowed")
+    new_figure()  # or say now that nothing could be drawn
     config = text_config(run)
     scorer, step = open_scorer(run)
     found = {"run": run, "step": step, **probe(scorer, samples=samples, planted=planted_in(config))}

@@ -1,6 +1,6 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, long_context, private, recall
+from launch.studies import agc, context_voids, digits, long_context, private, recall
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -10,4 +10,5 @@ STUDIES: dict[str, Study] = {
     "agc": agc.STUDY,
     "digits": digits.STUDY,
     "private": private.STUDY,
+    "context-voids": context_voids.STUDY,
 }
