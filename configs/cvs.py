@@ -5,7 +5,7 @@ from configs.schema import CheckpointConfig, Config, CVData, EvalConfig, Griffin
 
 def tiny() -> Config:
     """Griffin of 2 layers on made-up CVs, in which occupation and name go with the pronoun: docs/probes.md."""
-    steps = 500
+    steps = 400
     return Config(
         name="cv-tiny",
         model=GriffinConfig(

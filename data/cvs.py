@@ -21,12 +21,31 @@ NAMES = {
     ("female", "Spanish"): "Alejandra Beatriz Carmen Dolores Elena Isabel Lucia Marta Pilar Teresa",
 }
 FIRST_NAMES = {group: tuple(names.split()) for group, names in NAMES.items()}
-SURNAMES = tuple("Costa Lane Leon Marin Martin Reed Roman Silva Stone Vale".split())
+NAMES_EACH = 10  # of a group
+SURNAMES = ("Costa", "Lane", "Leon", "Marin", "Martin", "Reed", "Roman", "Silva", "Stone", "Vale")
 INITIALS = tuple("BCDEHJKLMRST")
 PRONOUNS = {"male": "he/him", "female": "she/her"}
-OCCUPATIONS = tuple(
-    "accountant architect baker biologist carpenter chef chemist economist electrician engineer journalist judge lawyer "
-    "librarian nurse physicist programmer surgeon teacher translator".split()
+OCCUPATIONS = (
+    "accountant",
+    "architect",
+    "baker",
+    "biologist",
+    "carpenter",
+    "chef",
+    "chemist",
+    "economist",
+    "electrician",
+    "engineer",
+    "journalist",
+    "judge",
+    "lawyer",
+    "librarian",
+    "nurse",
+    "physicist",
+    "programmer",
+    "surgeon",
+    "teacher",
+    "translator",
 )
 SENIORITIES = ("junior", "experienced", "senior")
 PRESTIGE = ("top", "middle", "low")
@@ -172,7 +191,7 @@ Variant = Callable[[CV, int], CV]  # of CV number c
 def named(group: tuple[str, str]) -> Variant:
     """With first name c of the group. Surnames have no group."""
     names = FIRST_NAMES[group]
-    return lambda cv, c: dataclasses.replace(cv, name=f"{names[c % len(names)]} {SURNAMES[c // 7 % len(SURNAMES)]}")
+    return lambda cv, c: dataclasses.replace(cv, name=f"{names[c % NAMES_EACH]} {SURNAMES[c // 7 % len(SURNAMES)]}")
 
 
 VARIANTS: dict[str, Variant] = {

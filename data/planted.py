@@ -164,7 +164,9 @@ def open_planted(config: CVData) -> Dataset:
     """Raises ConfigError if rows are too short for the longest document."""
     tokenizer = WordTokenizer()
     if config.sequence_length < (needed := longest(tokenizer)):
-        raise ConfigError(f"{config.show('sequence_length')} is too short for a CV and a question: at least {needed} is allowed")
+        raise ConfigError(
+            f"{config.show('sequence_length')} is too short for a CV and a question: at least {needed} is allowed"
+        )
     content = {
         "kind": config.kind,
         "format": FORMAT,

@@ -57,7 +57,9 @@ def by_occupation(found: dict[str, Any]) -> Any:
     figure = new_figure()
     shown = {name: of["by_occupation"] for name, of in found["questions"].items() if "by_occupation" in of}
     figure.set_size_inches(8, 4.6)
-    for axes, (name, values) in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True):
+    for axes, (name, values) in zip(
+        figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
+    ):
         axes.axvline(0, color="black", linewidth=0.8)
         axes.plot(list(values.values()), range(len(values)), "o", color="#2166ac", markersize=4)
         axes.set_yticks(range(len(values)), list(values))

@@ -100,7 +100,10 @@ def probe(
     found: dict[str, Any] = {"cvs": len(base), "questions": {}, "effects": []}
     for question in questions:
         answers = ask(model, question, variants)
-        found["questions"][question.name] = {**void_measures(question, answers, each), "example": example(question, base, answers)}
+        found["questions"][question.name] = {
+            **void_measures(question, answers, each),
+            "example": example(question, base, answers),
+        }
         found["effects"] += [effect(question, marker, answers) for marker in MARKERS]
     adjusted = effects.holm(np.array([row["p"] for row in found["effects"]]))
     for row, p in zip(found["effects"], adjusted, strict=True):
@@ -129,7 +132,9 @@ def void_measures(question: Question, answers: dict[str, Answers], each: int) ->
     if question.values:
         found["expected"] = effects.with_interval(scores(question, void).mean(axis=1), cv)
         return found
-    gap = (scores(question, void) - scores(question, answers["content-free"])).mean(axis=1)  # PMI: what the question alone prefers
+    gap = (scores(question, void) - scores(question, answers["content-free"])).mean(
+        axis=1
+    )  # PMI: what the question alone prefers
     found["preference"] = effects.with_interval(gap, cv)
     found["gaps"] = gap.tolist()
     found["by_occupation"] = dict(zip(cvs.OCCUPATIONS, gap.reshape(-1, each).mean(axis=1).tolist(), strict=True))
@@ -165,7 +170,7 @@ def effect(question: Question, marker: cvs.Marker, answers: dict[str, Answers]) 
     values = np.concatenate(differences)
     cv = np.tile(np.arange(len(differences[0])), len(marker.pairs))
     pair = np.repeat(np.arange(len(marker.pairs)), len(differences[0]))
-    name = pair * 10 + cv % 10  # the ten first names of a group
+    name = pair * cvs.NAMES_EACH + cv % cvs.NAMES_EACH
     factors = (cv, name) if marker.by_name else (cv,)
     return {
         "marker": marker.name,
@@ -204,7 +209,9 @@ def sampled(model: Answerer, question: Question, base: list[CV], samples: int) -
     said = [kind(question, text) for text in model.generate_until(requests)]
     cv = np.arange(len(base))
     return {
-        name: effects.with_interval(np.array([one == name for one in said], float).reshape(-1, samples).mean(axis=1), cv)
+        name: effects.with_interval(
+            np.array([one == name for one in said], float).reshape(-1, samples).mean(axis=1), cv
+        )
         for name in ("hallucination", "refusal", "other")
     }
 
@@ -291,7 +298,10 @@ def table(found: dict[str, Any]) -> list[str]:
     lines = [f"step {found['step']} of {found['run']}: {found['cvs']} CVs; in brackets 95 % intervals", ""]
     for heads, rows in ((VOID_HEADS, void_rows(found)), (EFFECT_HEADS, effect_rows(found))):
         widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (heads, *rows)
+        ]
         lines.append("")
     for name, of in found.get("planted", {}).items():
         lines.append(

@@ -7,7 +7,9 @@ RESAMPLES = 2_000
 COVERAGE = (2.5, 97.5)
 
 
-def permutation_p(differences: np.ndarray, units: np.ndarray, rng: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
+def permutation_p(
+    differences: np.ndarray, units: np.ndarray, rng: np.random.Generator, permutations: int = PERMUTATIONS
+) -> float:
     """P of a mean at least as far from 0 if either member of a pair could as well have been the other.
 
     differences: float [n]; units: int [n], pairs of one unit are exchanged together. Two-sided; with the observed order as one

@@ -14,7 +14,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tasks", help="names of lm-evaluation-harness tasks, with commas, instead of held-out data")
     parser.add_argument("--tasks-folder", help="a folder with more tasks, YAML files as the harness reads them")
     parser.add_argument("--probe", help="'cv': what the model fills in where CVs don't tell (docs/probes.md)")
-    parser.add_argument("--samples", type=int, help="answers drawn of each CV and question; 0, the default, for none (--probe)")
+    parser.add_argument(
+        "--samples", type=int, help="answers drawn of each CV and question; 0, the default, for none (--probe)"
+    )
     parser.add_argument("--to", help="folder for what a probe finds; RUN/cv-probe-STEP unless given (--probe)")
     options = parser.parse_args(argv)
     if options.probe is not None:
@@ -44,7 +46,9 @@ def probe(options: argparse.Namespace) -> int:
         raise ConfigError(f"--probe {options.probe} is no probe: cv is allowed")
     for name in ("batches", "tasks", "tasks_folder"):
         if getattr(options, name):
-            raise ConfigError(f"--{name.replace('_', '-')} is not for --probe, which has questions of its own: leave it out")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is not for --probe, which has questions of its own: leave it out"
+            )
     from launch.cv_probe import main
 
     print(*main(options.run, options.samples or 0, options.to), sep="\n")

@@ -22,7 +22,9 @@ COLOURS = {0.0: "#2166ac", 0.25: "#92c5de", 0.5: "#f4a582", 1.0: "#b2182b"}
 
 def runs() -> dict[str, tuple[float, int]]:
     """Words -> dose and seed."""
-    return {f"cv-tiny --data.dose {d:g} --data.seed {s} --trainer.seed {s}": (d, s) for s in SEEDS for d in reversed(DOSES)}
+    return {
+        f"cv-tiny --data.dose {d:g} --data.seed {s} --trainer.seed {s}": (d, s) for s in SEEDS for d in reversed(DOSES)
+    }
 
 
 def measure(folders: dict[str, pathlib.Path]) -> Figures:
@@ -93,7 +95,9 @@ def criteria(found: list[dict[str, Any]]) -> dict[str, bool]:
         "control: it includes 0": all(run["swap"]["low"] <= 0 <= run["swap"]["high"] for run in control),
         "all: the same questions give the same figures": all(run["repeated"] for run in found),
         "all: p of permuted labels is uniform": all(run["uniform_p"] > LEAST_P for run in found),
-        "the effect of a swap rises with the dose": all(np.all(np.diff(effects) > 0) for effects in zip(*by_dose, strict=True)),
+        "the effect of a swap rises with the dose": all(
+            np.all(np.diff(effects) > 0) for effects in zip(*by_dose, strict=True)
+        ),
     }
 
 
@@ -120,7 +124,9 @@ def draw(figures: Figures, figure) -> None:
             label = None if number else f"dose {dose:g}"
             left.plot(planted, run["by_occupation"], "o", color=COLOURS[dose], markersize=3.5, alpha=0.8, label=label)
     left.plot([-2.2, 2.2], [-2.2, 2.2], color="grey", linestyle=":")
-    left.set(xlabel="log-odds of he, planted at dose 1", ylabel="preference found, nats", title="by occupation, 3 seeds")
+    left.set(
+        xlabel="log-odds of he, planted at dose 1", ylabel="preference found, nats", title="by occupation, 3 seeds"
+    )
     left.legend(frameon=False)
     for run in figures["runs"]:
         place = DOSES.index(run["dose"]) + 0.12 * (run["seed"] - 1)
