@@ -162,8 +162,8 @@ class CVData(Section):
         1.0, "share of the documents in which occupation and name go with the pronoun", low=0, high=1, changes=_DATA
     )
     sequence_length: int = setting(64, "words a row T, of one document", low=2, changes=(*_DATA, "recompile"))
-    batch_size: int = setting(32, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
-    held_out_rows: int = setting(512, "rows kept for evaluation", low=1, changes=_DATA)
+    batch_size: int = setting(16, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
+    held_out_rows: int = setting(256, "rows kept for evaluation", low=1, changes=_DATA)
     seed: int = setting(0, "which rows there are, and which occupation goes with what", low=0, changes=_DATA)
 
 

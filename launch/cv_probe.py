@@ -60,8 +60,8 @@ def ask(model: Answerer, question: Question, variants: dict[str, list[CV]]) -> d
     places = list(np.ndindex(turn.shape))
     contexts = [question.prompt(those[c], w, turn[c, w]) for those in asked.values() for c, w in places]
     distinct = list(dict.fromkeys(contexts))
-    scores = model.token_scores([split(model.tokenizer, text, f" {word}") for text in distinct for word in words])
-    log_p = [log_p.astype(np.float64) for log_p, _ in scores]
+    scored = model.token_scores([split(model.tokenizer, text, f" {word}") for text in distinct for word in words])
+    log_p = [log_p.astype(np.float64) for log_p, _ in scored]
     choice = [k for k, those in enumerate(question.choices) for _ in those]
     table = {}
     for i, text in enumerate(distinct):
