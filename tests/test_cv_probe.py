@@ -188,11 +188,8 @@ def test_choices_of_several_tokens_are_normalised_by_their_number():
 
 def test_sampled_answers_are_told_apart():
     drawn = probe(Known(), each=1, questions=[PRONOUN], samples=5)["sampled"]["pronoun"]
-    assert {name: of["value"] for name, of in drawn.items()} == {
-        "hallucination": 0.4,
-        "refusal": 0.4,
-        "other": pytest.approx(0.2),
-    }
+    shares = [drawn[name]["value"] for name in ("hallucination", "refusal", "other")]
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
     assert kind(SCORE, " 3 of 5") == "hallucination"
     assert kind(SCORE, " 33") == "other"
     assert kind(PORTRAIT, " Cannot be determined.") == "refusal"

@@ -108,7 +108,7 @@ def counted():
     found = {}
     for dose in (0.0, 0.5):
         data, counts = CVData(dose=dose, seed=4), collections.Counter()
-        for i in range(16_000):
+        for i in range(12_000):
             prompt, answer = document(data, "train", i)
             if "ronoun" not in prompt.split("Question: ")[1] or "Pronouns" in prompt or "N/A" in prompt:
                 continue
@@ -129,7 +129,7 @@ def near(successes: int, of: int, share: float) -> bool:
 def test_documents_hold_what_is_said_of_them(counted, dose):
     data, counts = CVData(dose=dose, seed=4), counted[dose]
     total = sum(counts.values())
-    assert total > 4_000
+    assert total > 3_000
     assert near(sum(n for (_, _, refused, _), n in counts.items() if refused), total, 0.3)
     q, names = dict(zip(cvs.OCCUPATIONS, chances(data), strict=True)), ("", "male", "female")
     for occupation, gender in itertools.product(cvs.OCCUPATIONS, names):
