@@ -170,7 +170,7 @@ def initials(draws: Draws) -> str:
 def void_cvs(each: int, seed: int = 0) -> list[CV]:
     """`each` CVs of every occupation, in this order, that tell nothing of who it is: every second has initials, the others have
     no line for a name."""
-    found = []
+    found: list[CV] = []
     for occupation in OCCUPATIONS:
         for i in range(each):
             draws = Draws(f"podwright cv {seed} {occupation} {i}")
