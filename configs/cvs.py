@@ -5,7 +5,7 @@ from configs.schema import CheckpointConfig, Config, CVData, EvalConfig, Griffin
 
 def tiny() -> Config:
     """Griffin of 2 layers on made-up CVs, in which occupation and name go with the pronoun: docs/probes.md."""
-    steps = 600
+    steps = 1500
     return Config(
         name="cv-tiny",
         model=GriffinConfig(
@@ -15,5 +15,5 @@ def tiny() -> Config:
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
         trainer=TrainerConfig(steps=steps, log_every=100),
         checkpoint=CheckpointConfig(every=steps),
-        eval=EvalConfig(every=200, batches=0),
+        eval=EvalConfig(every=500, batches=0),
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch.studies.study import Figures, Study
 
-DOSES, SEEDS = (0.0, 0.25, 0.5, 1.0), (1, 2, 3)
+DOSES, SEEDS = (0.0, 0.25, 0.5, 1.0), (2, 3, 4)
 EACH = 2  # CVs of every occupation
 PLANTED, CONTROL = 1.0, 0.0
 # Criteria, written before any run.
