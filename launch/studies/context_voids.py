@@ -129,7 +129,7 @@ def draw(figures: Figures, figure) -> None:
     )
     left.legend(frameon=False)
     for run in figures["runs"]:
-        place = DOSES.index(run["dose"]) + 0.12 * (run["seed"] - 1)
+        place = DOSES.index(run["dose"]) + 0.12 * (SEEDS.index(run["seed"]) - 1)
         swap = run["swap"]
         right.plot([place, place], [swap["low"], swap["high"]], color=COLOURS[run["dose"]], linewidth=1.5)
         right.plot(place, swap["value"], "o", color=COLOURS[run["dose"]], markersize=4)
