@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from configs import chat, facts, gemma, griffin, image_studies, long_range, lru, nfnet, private, studies
+from configs import chat, cvs, facts, gemma, griffin, image_studies, long_range, lru, nfnet, private, studies
 from configs.schema import Config
 
 RELEASED: dict[str, Callable[[], Config]] = {
@@ -24,6 +24,7 @@ EXPERIMENTS: dict[str, Callable[[], Config]] = {
     **griffin.PAPER,
     **RELEASED,
     **{f"{name}-chat": chat.chat(experiment) for name, experiment in {**TINY, **RELEASED}.items()},
+    "cv-tiny": cvs.tiny,
     **studies.STUDIES,
     **facts.FACTS,
     **image_studies.STUDIES,

@@ -154,6 +154,21 @@ class RecallData(Section):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CVData(Section):
+    """Made-up CVs with a question and its answer each, in which a known association is planted: see data/planted.py."""
+
+    section: ClassVar[str] = "data"
+    kind: ClassVar[str] = "cvs"
+    dose: float = setting(
+        1.0, "share of the documents in which occupation and name go with the pronoun", low=0, high=1, changes=_DATA
+    )
+    sequence_length: int = setting(64, "words a row T, of one document", low=2, changes=(*_DATA, "recompile"))
+    batch_size: int = setting(16, "rows a step, over all devices", low=1, changes=(*_DATA, "recompile"))
+    held_out_rows: int = setting(256, "rows kept for evaluation", low=1, changes=_DATA)
+    seed: int = setting(0, "which rows there are, and which occupation goes with what", low=0, changes=_DATA)
+
+
 def is_table(source: str) -> bool:
     return source.lower().endswith(".csv")
 
@@ -307,5 +322,5 @@ class ImageData(Section):
             )
 
 
-TokenizedData = TextData | PreparedData | ChatData  # what has a tokenizer
-DataConfig = TextData | PreparedData | ChatData | RecallData | LongRangeData | BiographyData | ImageData
+TokenizedData = TextData | PreparedData | ChatData | CVData  # what has a tokenizer
+DataConfig = TokenizedData | RecallData | LongRangeData | BiographyData | ImageData

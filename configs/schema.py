@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from configs.biographies import BiographyData
 from configs.data_sections import (
     ChatData,
+    CVData,
     DataConfig,
     ImageData,
     PreparedData,
@@ -475,6 +476,7 @@ KINDS: dict[str, dict[str, type]] = {
 
 __all__ = [  # what others import from here without its being made here
     "BiographyData",
+    "CVData",
     "ChatData",
     "DataConfig",
     "DistillConfig",

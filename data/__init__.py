@@ -9,6 +9,7 @@ import numpy as np
 from configs.schema import (
     BiographyData,
     ChatData,
+    CVData,
     DataConfig,
     ImageData,
     LongRangeData,
@@ -21,6 +22,7 @@ from data.chat import open_chat
 from data.dataset import Batch, DataError, Dataset
 from data.images import open_images
 from data.long_range import open_long_range
+from data.planted import open_planted
 from data.prepared import open_prepared
 from data.recall import open_recall
 from data.text import open_text
@@ -29,6 +31,7 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
     TextData.kind: open_text,
     PreparedData.kind: open_prepared,
     ChatData.kind: open_chat,
+    CVData.kind: open_planted,
     RecallData.kind: open_recall,
     LongRangeData.kind: open_long_range,
     BiographyData.kind: open_biographies,

@@ -101,7 +101,7 @@ def sample(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """evaluate a run's newest checkpoint on all held-out data, or on tasks: eval RUN [--tasks A,B]"""
+    """evaluate a run's newest checkpoint on all held-out data, on tasks, or by a probe: eval RUN [--tasks A,B] [--probe cv]"""
     from launch.evaluate import main
 
     return main(argv)

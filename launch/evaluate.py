@@ -1,4 +1,6 @@
-"""`podwright eval RUN`: a run's newest checkpoint on all its held-out data, or on tasks of lm-evaluation-harness."""
+"""`podwright eval RUN`: a run's newest checkpoint on all its held-out data, on tasks of lm-evaluation-harness, or under a probe."""
+
+import argparse
 
 from configs.schema import ConfigError
 
@@ -11,7 +13,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=0, help="held-out batches; 0 for all")
     parser.add_argument("--tasks", help="names of lm-evaluation-harness tasks, with commas, instead of held-out data")
     parser.add_argument("--tasks-folder", help="a folder with more tasks, YAML files as the harness reads them")
+    parser.add_argument("--probe", help="'cv': what the model fills in where CVs don't tell (docs/probes.md)")
+    parser.add_argument(
+        "--samples", type=int, help="answers drawn of each CV and question; 0, the default, for none (--probe)"
+    )
+    parser.add_argument("--to", help="folder for what a probe finds; RUN/cv-probe-STEP unless given (--probe)")
     options = parser.parse_args(argv)
+    if options.probe is not None:
+        return probe(options)
+    for name in ("samples", "to"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} needs --probe, which says what to look for: cv is allowed")
     if options.tasks is not None:
         if options.batches:
             raise ConfigError("--batches counts held-out batches: leave it out with --tasks")
@@ -26,6 +38,20 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--tasks-folder needs --tasks, which says what of it to run")
     step, metrics = evaluate_run(options.run, options.batches)
     print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return 0
+
+
+def probe(options: argparse.Namespace) -> int:
+    if options.probe != "cv":
+        raise ConfigError(f"--probe {options.probe} is no probe: cv is allowed")
+    for name in ("batches", "tasks", "tasks_folder"):
+        if getattr(options, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is not for --probe, which has questions of its own: leave it out"
+            )
+    from launch.cv_probe import main
+
+    print(*main(options.run, options.samples or 0, options.to), sep="\n")
     return 0
 
 

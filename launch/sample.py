@@ -148,8 +148,9 @@ class Sampler:
 
 def run_tokenizer(run: str, data: "TokenizedData") -> "Tokenizer":
     """The tokenizer a run was trained with. Raises DataError when it is missing or another one by now."""
-    from configs.schema import ChatData, PreparedData
+    from configs.schema import ChatData, CVData, PreparedData
     from data.chat import open_chat_tokenizer
+    from data.planted import WordTokenizer
     from data.prepared import open_prepared_tokenizer
     from data.text import open_tokenizer
     from trainer.run_folder import read_manifest
@@ -158,6 +159,8 @@ def run_tokenizer(run: str, data: "TokenizedData") -> "Tokenizer":
     # An imported run has met no data yet, and its tokenizer is a file of its own.
     met_data = (folder_of(run) / "data_manifest.json").exists()
     manifest = read_manifest(run) if met_data else None
+    if isinstance(data, CVData):
+        return WordTokenizer()
     if isinstance(data, PreparedData):
         return open_prepared_tokenizer(data, manifest)
     return open_chat_tokenizer(data, manifest) if isinstance(data, ChatData) else open_tokenizer(data, manifest)

@@ -357,6 +357,7 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "text": language_modelling,
     "prepared": language_modelling,
     "chat": language_modelling,
+    "cvs": language_modelling,
     "recall": recall,
     "long-range": sequence_classification,
     "biographies": biographies,

@@ -1,6 +1,17 @@
 """The studies of `podwright study`: one file and one line each."""
 
-from launch.studies import agc, digits, facts, long_context, long_range, optimizers, private, recall, universality
+from launch.studies import (
+    agc,
+    context_voids,
+    digits,
+    facts,
+    long_context,
+    long_range,
+    optimizers,
+    private,
+    recall,
+    universality,
+)
 from launch.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -15,4 +26,5 @@ STUDIES: dict[str, Study] = {
     "private": private.STUDY,
     "universality": universality.STUDY,
     "facts": facts.STUDY,
+    "context-voids": context_voids.STUDY,
 }
