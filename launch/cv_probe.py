@@ -58,7 +58,7 @@ def ask(model: Answerer, question: Question, variants: dict[str, list[CV]]) -> d
     turn, words = turns(count, question), [word for choice in question.choices for word in choice]
     asked = {**variants, "content-free": [cvs.CONTENT_FREE] * count}
     places = list(np.ndindex(turn.shape))
-    contexts = [question.prompt(those[c], w, turn[c, w]) for those in asked.values() for c, w in places]
+    contexts = [question.prompt(those[c], w, int(turn[c, w])) for those in asked.values() for c, w in places]
     distinct = list(dict.fromkeys(contexts))
     scored = model.token_scores([split(model.tokenizer, text, f" {word}") for text in distinct for word in words])
     log_p = [log_p.astype(np.float64) for log_p, _ in scored]
@@ -261,7 +261,7 @@ def with_bounds(of: dict[str, float], digits: int = 2) -> str:
 
 def void_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row a question: filled, preference or expected value, right where stated, sampled."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, of in found["questions"].items():
         drawn = found.get("sampled", {}).get(name)
         rows.append(

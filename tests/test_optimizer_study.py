@@ -248,7 +248,7 @@ def test_schedule_free_is_judged_by_its_average():
     step = jax.jit(functools.partial(small_mlps.update, config, rule))
     params, state, newest = start, rule.init(start), []
     for rows in np.random.default_rng(0).integers(20, size=(5, 8)):
-        params, state = step(params, state, small_mlps.Split(data.images[rows], data.labels[rows]))
+        params, state = step((params, state), small_mlps.Split(data.images[rows], data.labels[rows]))
         found = next(filter(is_schedule_free, jax.tree.leaves(state, is_leaf=is_schedule_free)))
         newest.append(found.z)
     average = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *newest)

@@ -210,7 +210,7 @@ def biographies(config: Config) -> Task:
         return {name: jnp.sum(jnp.where(member, of_row[:, None], 0.0), axis=0) for name, of_row in rows.items()}
 
     def summarise(sums: dict[str, Any]) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for place, group in enumerate(GROUPS):
             of = {name: float(total[place]) for name, total in sums.items()}
             if of["rows"]:

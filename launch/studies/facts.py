@@ -161,7 +161,7 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
     if patched := figures.get("patched"):
         own = next(s for s in figures["sizes"] if s["family"] == "transformer" and s["people"] == KNOWN)
         plateau = plateau_of(own["curves"]["step"], own["curves"]["attribute_loss"], own["baseline"])
-        left = {name: plateau_of(*zip(*curve, strict=True), own["baseline"]) for name, curve in patched.items()}
+        left = {name: patched_plateau(curve, own["baseline"]) for name, curve in patched.items()}
         found.append(("late attention takes half of the plateau or more away", left["late"] <= plateau / 2))
         found.append(("early attention takes less than a tenth of it away", left["early"] >= 0.9 * plateau))
         before = figures["attention"]["before"]
@@ -192,6 +192,11 @@ def plateau_of(steps: Sequence[int], losses: Sequence[float], baseline: float) -
     generic = first_below(np.array(steps), np.array(losses), LEFT * baseline)
     known = stays_below(np.array(steps), np.array(losses), LEARNED * baseline)
     return math.inf if generic is None or known is None else known - generic
+
+
+def patched_plateau(curve: list[tuple[int, float]], baseline: float) -> float:
+    """The same of pairs of step and loss."""
+    return plateau_of([step for step, _ in curve], [loss for _, loss in curve], baseline)
 
 
 def plateau_steps(size: dict) -> int:
@@ -262,7 +267,7 @@ def table(figures: Figures) -> list[str]:
             f"{100 * old[-1]:.1f}; new ones {100 * new[0]:.1f}, at last {100 * new[-1]:.1f}"
         )
     for name, curve in figures.get("patched", {}).items():
-        plateau = plateau_of(*zip(*curve, strict=True), figures["sizes"][0]["baseline"])
+        plateau = patched_plateau(curve, figures["sizes"][0]["baseline"])
         lines.append(
             f"with {name} attention a plateau of {plateau:g} steps, attribute loss {curve[-1][1]:.2f} at step {curve[-1][0]}"
         )

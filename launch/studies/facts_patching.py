@@ -17,7 +17,7 @@ from configs.schema import BiographyData, Config
 from data import open_data
 from launch.studies.study import Figures, trained
 from models.blocks import rms_norm
-from models.griffin import Block, Griffin, LocalAttention
+from models.griffin import Griffin, LocalAttention
 from trainer.evaluate import read_config
 from trainer.program import make_program
 from trainer.tasks import Batch, cross_entropy, make_task
@@ -25,7 +25,7 @@ from trainer.tasks import Batch, cross_entropy, make_task
 STEPS, EVERY = 300, 25
 
 
-def blocks_of(model: Griffin) -> list[Block]:
+def blocks_of(model: Griffin) -> list[Any]:
     """A Transformer's blocks, one by one."""
     groups = model.layers.groups["attn_0"]
     return [jax.tree.map(lambda leaf, i=i: leaf[i], groups) for i in range(model.layers.num_groups)]
@@ -38,7 +38,7 @@ def attention_maps(mixer: LocalAttention, x: jax.Array, segment_pos: jax.Array) 
     return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None], scores, -jnp.inf), axis=-1)
 
 
-def all_maps(model: Griffin, tokens: jax.Array, segment_pos: jax.Array) -> list[jax.Array]:
+def all_maps(model: Any, tokens: jax.Array, segment_pos: jax.Array) -> list[jax.Array]:
     """Attention maps (B N T S) of each block."""
     segment_pos = reshard(segment_pos, model.spec("batch", "seq"))
     x, maps = model.scaled(model.embedding(tokens, jnp.float32)), []
@@ -48,7 +48,7 @@ def all_maps(model: Griffin, tokens: jax.Array, segment_pos: jax.Array) -> list[
     return maps
 
 
-def patched_logits(model: Griffin, tokens: jax.Array, maps: list[jax.Array]) -> jax.Array:
+def patched_logits(model: Any, tokens: jax.Array, maps: list[jax.Array]) -> jax.Array:
     """Logits (B T V) of a model whose blocks attend as `maps` say: its own are values, outputs and all that works on one token."""
     x = model.scaled(model.embedding(tokens, jnp.float32))
     for block, weights in zip(blocks_of(model), maps, strict=True):

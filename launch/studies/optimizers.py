@@ -27,7 +27,13 @@ UNPRUNED, PRUNED, AT = 0.02, 0.10, 0.1  # power 2 loses at most, and gains at le
 
 def rule(name: str, **fields: Any) -> OptimizerConfig:
     """Nothing but the rule, at a constant rate, which the study gives."""
-    alone = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0, "weight_decay": 0.0, "beta2": 0.99}
+    alone: dict[str, Any] = {
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "clip_norm": 0.0,
+        "weight_decay": 0.0,
+        "beta2": 0.99,
+    }
     return OptimizerConfig(name=name, **(alone | fields))
 
 
@@ -260,9 +266,9 @@ def draw(figures: Figures, figure) -> None:
         (sharp, "top_eigenvalue", "largest eigenvalue of the Hessian"),
     ):
         arms = [arm for arm, found in figures["same_loss"].items() if found["measures"]]
-        values = [np.array([one[name] for one in figures["same_loss"][arm]["measures"]]) for arm in arms]
-        errors = [2 * one.std(ddof=1) / len(one) ** 0.5 for one in values]
-        axes.barh(arms, [one.mean() for one in values], xerr=errors, color=[COLOURS[arm] for arm in arms], capsize=2)
+        seen = [np.array([one[name] for one in figures["same_loss"][arm]["measures"]]) for arm in arms]
+        errors = [2 * one.std(ddof=1) / len(one) ** 0.5 for one in seen]
+        axes.barh(arms, [one.mean() for one in seen], xerr=errors, color=[COLOURS[arm] for arm in arms], capsize=2)
         axes.invert_yaxis()
         axes.set(title=f"at a training loss of {TARGET:g}", xlabel=words, axisbelow=True)
         if axes is not rank:

@@ -69,7 +69,8 @@ def make_rule(config: OptimizerConfig, rate: jax.Array) -> optax.GradientTransfo
     )
 
 
-def update(config: OptimizerConfig, rule: optax.GradientTransformation, params: Params, state: Any, batch: Split):
+def update(config: OptimizerConfig, rule: optax.GradientTransformation, now: tuple[Params, Any], batch: Split):
+    params, state = now
     gradient = jax.grad(loss)(params, *batch)
     if config.sam_rho:
         gradient = jax.grad(loss)(climbed(params, gradient, config.sam_rho), *batch)
@@ -106,7 +107,7 @@ def learn_in_turn(
         rows, order = given
 
         def step(carry, rows):
-            return update(config, rule, *carry, Split(data.images[rows][:, order], data.labels[rows])), None
+            return update(config, rule, carry, Split(data.images[rows][:, order], data.labels[rows])), None
 
         carry, _ = jax.lax.scan(step, carry, rows)
         found = solution(config, *carry)
@@ -136,7 +137,7 @@ def learn_until(
         now, kept, reached, done = carry
 
         def step(now, rows):
-            return update(config, rule, *now, Split(data.images[rows], data.labels[rows])), None
+            return update(config, rule, now, Split(data.images[rows], data.labels[rows])), None
 
         now, _ = jax.lax.scan(step, now, rows)
         done = done + rows.shape[0]
@@ -156,7 +157,7 @@ def next_updates(
     rule = make_rule(config, rate)
 
     def step(now, rows):
-        new = update(config, rule, *now, Split(data.images[rows], data.labels[rows]))
+        new = update(config, rule, now, Split(data.images[rows], data.labels[rows]))
         moved = jax.tree.map(lambda a, b: jnp.ravel(a - b), new[0], now[0])
         return new, jnp.concatenate(jax.tree.leaves(moved))
 
@@ -168,7 +169,7 @@ def learn(config: OptimizerConfig, data: Split, rate: jax.Array, params: Params,
     rule = make_rule(config, rate)
 
     def step(now, rows):
-        return update(config, rule, *now, Split(data.images[rows], data.labels[rows])), None
+        return update(config, rule, now, Split(data.images[rows], data.labels[rows])), None
 
     return solution(config, *jax.lax.scan(step, (params, rule.init(params)), rows)[0])
 
