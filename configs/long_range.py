@@ -3,6 +3,7 @@
 The first line of a docstring is what `podwright configs` prints.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Row:
     learning_rate: float
     dropout: float
     ring: tuple[float, float]  # least and greatest modulus at the start
-    max_phase: float = 6.283185307179586
+    max_phase: float = 2 * math.pi
 
 
 # What the table also has, and belongs into `published` once LRUConfig has fields for it: the learning-rate factor of the
@@ -96,7 +97,7 @@ TABLE = {
         1.8e-3,
         0.0,
         (0.999, 0.9999),
-        0.3141592653589793,
+        math.pi / 10,
     ),
 }
 
