@@ -135,6 +135,16 @@ def test_one_tree_in_twelve_is_long_enough():
     assert extremes / count == pytest.approx(0.337, abs=4 * (0.337 * 0.663 / count) ** 0.5)
 
 
+def test_a_quarter_of_the_nodes_are_operators():
+    flat = dataclasses.replace(PUBLISHED, max_depth=2)
+    draw, digits = np.random.default_rng(6).random, 0
+    for _ in range(4000):
+        tokens = bytearray()
+        grow(draw, 1, flat, tokens)
+        digits += len(tokens) == 1
+    assert digits / 4000 == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5)
+
+
 @pytest.mark.slow
 def test_values_are_spread_as_in_the_published_data():
     """0 and 9 16.8 to 16.9 % each, the others 7.3 to 9.1 %, of 26,953 expressions; bounds of 4 standard deviations more."""
