@@ -94,10 +94,11 @@ def layer_of(name: str, number: int, config: "Config") -> tuple[str, str]:
 
 
 def of_documents(found: "Replay", options) -> list[str]:
-    rows = images(found) if found.nats.ndim == 1 else segments(found)
+    rows = labelled(found) if found.nats.ndim == 1 else segments(found)
     rows.sort(key=lambda row: -row[0])
     tokenizer = None
-    lines = [f"{len(rows)} {'images' if found.nats.ndim == 1 else 'pieces of documents'}, greatest mean losses first"]
+    kind = "pieces of documents" if found.nats.ndim > 1 else "images" if "images" in found.batch else "rows"
+    lines = [f"{len(rows)} {kind}, greatest mean losses first"]
     for loss, count, where, origin, ids in rows[: options.documents]:
         lines.append(
             f"  {loss:8.4f}  {count:>6} tokens  {where}  {origin}"
@@ -111,7 +112,7 @@ def of_documents(found: "Replay", options) -> list[str]:
     return lines
 
 
-def images(found: "Replay") -> list[tuple[float, int, str, "Origin", None]]:
+def labelled(found: "Replay") -> list[tuple[float, int, str, "Origin", None]]:
     labels, names = found.batch["labels"], getattr(found.config.data, "labels", ())
     told = [f"label {label}" for label in labels]
     if names:

@@ -553,7 +553,7 @@ def test_channels_are_dropped_in_training_alone():
 
 
 def test_a_study_gives_accuracies_by_seed_with_their_mean_and_error(monkeypatch, tmp_path):
-    study, wrong = STUDIES["first-token"], {3: 0.5, 4: 0.25, 5: 0.75}
+    study, wrong = STUDIES["first-token"], {6: 0.5, 7: 0.25, 8: 0.75}
     runs = {words: pathlib.Path(words) for words in study.configs}
     assert len(runs) == 12
 
@@ -572,7 +572,7 @@ def test_a_study_gives_accuracies_by_seed_with_their_mean_and_error(monkeypatch,
     assert figures["arms"]["LRU"] == {
         "steps": [100, 200],
         "accuracy": [[0, 0.5], [0, 0.75], [0, 0.25]],
-        "first_loss": [5, 6, 7],
+        "first_loss": [8, 9, 10],
     }
     labels = open_data(FIRST).held_out.read(np.arange(64))["labels"]
     assert figures["chance"] == collections.Counter(labels.tolist()).most_common(1)[0][1] / 64
@@ -583,7 +583,7 @@ def test_a_study_gives_accuracies_by_seed_with_their_mean_and_error(monkeypatch,
         "0.250",
         "0.500",
         "0.144",
-        "6.000",
+        "9.000",
     ]  # sqrt(1/16 / 3)
     figure = new_figure()
     study.draw(figures, figure)
