@@ -43,7 +43,7 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
     """Whatever of the study's parts has been trained."""
     sizes = [
         {"family": mixer, "people": people, **phases(runs[words])}
-        for mixer, people, size in itertools.product(COLOURS, (*SIZES, *FULL_SIZES), ("-tiny", ""))
+        for mixer, people, size in itertools.product(COLOURS, sorted({*SIZES, *FULL_SIZES}), ("-tiny", ""))
         if (words := of_size(mixer, people, size)) in runs
     ]
     arms = [
