@@ -117,9 +117,15 @@ def test_figures_are_those_of_the_runs(tmp_path):
     tuned = {10: told(**{"": (3.0, 0.3, 0.5, 1.0), "unseen_": (6.0, 0.1, 0.4, 1.5), "earlier_": (2.5, 0.2, 0.5, 1.0)})}
     write_run(tmp_path / "base", "facts-transformer-tiny", base)
     write_run(tmp_path / "tuned", "facts-transformer-tiny", tuned, first=1024, population=128, replay=0.125)
-    runs = {facts.of_size("transformer", 1024): tmp_path / "base", facts.of_replay(0.125): tmp_path / "tuned"}
+    write_run(tmp_path / "more", "facts-transformer-tiny", base, population=4096)
+    runs = {
+        facts.of_size("transformer", 1024): tmp_path / "base",
+        facts.of_size("transformer", 4096): tmp_path / "more",  # a size of the full study, too
+        facts.of_replay(0.125): tmp_path / "tuned",
+    }
     found = facts.measure(runs)
-    (size,), (replay,) = found["sizes"], found["replays"]
+    (size, more), (replay,) = found["sizes"], found["replays"]
+    assert more["people"] == 4096
     assert (size["family"], size["people"], size["generic_at"], size["known_at"]) == ("transformer", 1024, 25, 50)
     assert size["baseline"] == pytest.approx(BASE)
     assert size["chance"] == 1 / 16

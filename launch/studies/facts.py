@@ -43,7 +43,7 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
     """Whatever of the study's parts has been trained."""
     sizes = [
         {"family": mixer, "people": people, **phases(runs[words])}
-        for mixer, people, size in itertools.product(COLOURS, (*SIZES, *FULL_SIZES), ("-tiny", ""))
+        for mixer, people, size in itertools.product(COLOURS, sorted({*SIZES, *FULL_SIZES}), ("-tiny", ""))
         if (words := of_size(mixer, people, size)) in runs
     ]
     arms = [
@@ -277,8 +277,10 @@ def table(figures: Figures) -> list[str]:
 
 
 def draw(figures: Figures, figure) -> None:
-    figure.set_size_inches(7.5, 9.0)
-    (phases_axes, law_axes), (unseen_axes, tuning_axes), (patch_axes, arm_axes) = figure.subplots(3, 2)
+    more = bool(figures.get("patched") or figures["arms"])
+    figure.set_size_inches(7.5, 9.0 if more else 6.2)
+    axes_of = figure.subplots(3 if more else 2, 2)
+    (phases_axes, law_axes), (unseen_axes, tuning_axes) = axes_of[:2]
     for size in (s for s in figures["sizes"] if s["family"] == "transformer"):
         shade = 0.25 + 0.2 * SIZES.index(size["people"]) if size["people"] in SIZES else 1.0
         phases_axes.plot(
@@ -290,7 +292,7 @@ def draw(figures: Figures, figure) -> None:
         )
     baseline, every = figures["sizes"][0]["baseline"], sorted({s["people"] for s in figures["sizes"]})
     shown = KNOWN if KNOWN in every else every[0]
-    for axes in (phases_axes, unseen_axes, patch_axes):
+    for axes in (phases_axes, unseen_axes):
         axes.axhline(baseline, color="grey", linestyle=":")
         axes.set(xlabel="step", ylabel="attribute loss, nats")
     phases_axes.set(title="Transformer: three phases", xscale="log")
@@ -309,13 +311,10 @@ def draw(figures: Figures, figure) -> None:
                     curves["step"], curves["unseen_attribute_loss"], color=colour, label=mixer.capitalize()
                 )
                 unseen_axes.plot(curves["step"], curves["attribute_loss"], color=colour, linestyle="--")
-                if mixer == "transformer":
-                    until = sum(step <= 500 for step in curves["step"])
-                    patch_axes.plot(
-                        curves["step"][:until], curves["attribute_loss"][:until], color="black", label="its own"
-                    )
     law_axes.set(title="end of the plateau", xscale="log", yscale="log", xlabel="people", ylabel="step")
     law_axes.set_xticks(every, [f"{n:,}" for n in every])
+    ends = sorted({s["known_at"] for s in figures["sizes"] if s["known_at"]})
+    law_axes.set_yticks(ends[:: max(1, len(ends) // 5)], [f"{n:,}" for n in ends[:: max(1, len(ends) // 5)]])
     law_axes.minorticks_off()
     unseen_axes.set(title=f"{shown:,} people: unseen ones (dashed: seen)")
     for run, colour in zip(figures["replays"], COLOURS.values(), strict=False):
@@ -325,16 +324,28 @@ def draw(figures: Figures, figure) -> None:
     tuning_axes.set(
         title=f"{NEW} new people (dashed) cost old ones", xlabel="step", ylabel="share right", ylim=(-0.03, 1.03)
     )
+    for axes in (phases_axes, law_axes, unseen_axes, tuning_axes):
+        axes.legend(frameon=False)
+    if more:
+        draw_more(figures, *axes_of[2])
+
+
+def draw_more(figures: Figures, patch_axes, arm_axes) -> None:
     for (name, curve), colour in zip(figures.get("patched", {}).items(), COLOURS.values(), strict=False):
         patch_axes.plot(*zip(*curve, strict=True), color=colour, label=name)
-    patch_axes.set(title=f"{shown:,} people, attention of a trained model")
+    for size in figures["sizes"]:
+        if (size["family"], size["people"]) == ("transformer", KNOWN):
+            until = sum(step <= 300 for step in size["curves"]["step"])
+            curve = (size["curves"][name][:until] for name in ("step", "attribute_loss"))
+            patch_axes.plot(*curve, color="black", label="its own")
+    patch_axes.axhline(figures["sizes"][0]["baseline"], color="grey", linestyle=":")
+    patch_axes.set(title=f"{KNOWN:,} people: whose attention", xlabel="step", ylabel="attribute loss, nats")
+    patch_axes.legend(frameon=False)
     for place, sampling in enumerate(ARMS):
         ends = [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]
         arm_axes.plot([place] * len(ends), ends, color="black", marker="o", linestyle="", alpha=0.5)
     arm_axes.set_xticks(range(len(ARMS)), [arm.replace(":", "\n", 1) for arm in ARMS])
     arm_axes.set(title="2,048 people: end of the plateau", ylabel="step", xlim=(-0.5, len(ARMS) - 0.5))
-    for axes in (phases_axes, law_axes, unseen_axes, tuning_axes, patch_axes):
-        axes.legend(frameon=False)
 
 
 STUDY = Study(
