@@ -313,8 +313,9 @@ def draw(figures: Figures, figure) -> None:
                 unseen_axes.plot(curves["step"], curves["attribute_loss"], color=colour, linestyle="--")
     law_axes.set(title="end of the plateau", xscale="log", yscale="log", xlabel="people", ylabel="step")
     law_axes.set_xticks(every, [f"{n:,}" for n in every])
-    ends = sorted({s["known_at"] for s in figures["sizes"] if s["known_at"]})
-    law_axes.set_yticks(ends[:: max(1, len(ends) // 5)], [f"{n:,}" for n in ends[:: max(1, len(ends) // 5)]])
+    low, high = law_axes.get_ylim()
+    ticks = [n for n in (125 * 2**power for power in range(10)) if low <= n <= high]
+    law_axes.set_yticks(ticks, [f"{n:,}" for n in ticks])
     law_axes.minorticks_off()
     unseen_axes.set(title=f"{shown:,} people: unseen ones (dashed: seen)")
     for run, colour in zip(figures["replays"], COLOURS.values(), strict=False):
