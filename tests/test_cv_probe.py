@@ -45,6 +45,8 @@ def test_permutation_p_is_scipys_exact_one():
         ).pvalue
         found = effects.permutation_p(values, np.arange(9), rng)
         assert abs(found - exact) < 4 * np.sqrt(exact * (1 - exact) / effects.PERMUTATIONS) + 2e-4
+    # Of 2**40 orders none that is drawn is as far from 0; the observed one counts, so that p is never 0.
+    assert effects.permutation_p(np.ones(40), np.arange(40), rng) == 1 / (effects.PERMUTATIONS + 1)
 
 
 def test_p_is_uniform_where_nothing_differs_even_if_pairs_go_together():
