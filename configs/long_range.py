@@ -3,6 +3,7 @@
 The first line of a docstring is what `podwright configs` prints.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ LISTOPS_TINY = LongRangeData(
     max_args=5,
     min_length=19,
     max_length=101,
-    training_rows=20_000,
+    training_rows=96_000,
     held_out_rows=1000,
     batch_size=32,
 )
@@ -214,23 +215,31 @@ def tiny(name: str) -> Callable[[], Config]:
     return experiment
 
 
-def listops_transformer() -> Config:
-    """Transformer of the size of lra-listops-tiny, for which the label is the token after the row."""
-    model = GriffinConfig(vocab_size=25, width=64, depth=4, rnn_width=64, mlp_width=80, pattern=("attn",), window=100)
-    config = tiny("listops")()
-    return Config(
-        name="lra-listops-tiny-transformer",
-        model=model,
-        data=config.data,
-        optimizer=config.optimizer,
-        trainer=config.trainer,
-        checkpoint=config.checkpoint,
-        eval=config.eval,
-    )
+MLP_WIDTHS = {"listops": 80, "first-token": 22}  # with which a Transformer has the size of the LRU
+
+
+def transformer(name: str) -> Callable[[], Config]:
+    def experiment() -> Config:
+        config = tiny(name)()
+        data, lru = TINY[name][0], config.model
+        assert isinstance(lru, LRUConfig)
+        model = GriffinConfig(
+            vocab_size=lru.vocab_size,
+            width=lru.width,
+            depth=lru.depth,
+            rnn_width=lru.width,
+            mlp_width=MLP_WIDTHS[name],
+            pattern=("attn",),
+            window=data.sequence_length,
+        )
+        return dataclasses.replace(config, name=f"{config.name}-transformer", model=model)
+
+    experiment.__doc__ = f"Transformer of the size of lra-{name}-tiny, for which the label is the token after the row."
+    return experiment
 
 
 LONG_RANGE = {
     **{f"lra-{name}": published(name) for name in TABLE},
     **{f"lra-{name}-tiny": tiny(name) for name in TINY},
-    "lra-listops-tiny-transformer": listops_transformer,
+    **{f"lra-{name}-tiny-transformer": transformer(name) for name in MLP_WIDTHS},
 }

@@ -1,6 +1,5 @@
 """Rows of Long Range Arena are what the published procedures make, whoever reads them, and their labels reach every family."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -16,17 +15,12 @@ from runs import finish
 from sklearn.datasets import load_digits
 
 import data.kept_rows
-import trainer.evaluate
-import trainer.run_folder
 from configs import EXPERIMENTS
 from configs.overrides import resolve
-from configs.parameters import COUNTS
 from configs.schema import Config, ConfigError, GriffinConfig, LongRangeData, LRUConfig
 from data import DataError, open_data
 from data.kept_rows import KeptRows
 from data.shapes import batch_fields
-from launch.studies import STUDIES
-from launch.studies.study import new_figure
 from sharding.mesh import one_device_mesh
 from sharding.rules import rules_for
 from trainer.evaluate import evaluate, place_batch
@@ -282,14 +276,6 @@ def test_the_table_of_the_paper_is_there():
         assert config.optimizer.warmup_steps == steps / 10
 
 
-def test_a_transformer_of_the_same_size_is_beside_the_small_listops():
-    sizes = [
-        COUNTS[config.model.kind](config.model).total
-        for config in (EXPERIMENTS["lra-listops-tiny"](), EXPERIMENTS["lra-listops-tiny-transformer"]())
-    ]
-    assert max(sizes) / min(sizes) < 1.05
-
-
 # Learning
 
 
@@ -338,44 +324,6 @@ def test_channels_are_dropped_in_training_alone():
         whole = task.evaluate(model, batch)
         assert len(losses) == 3
         assert float(whole["nats"]) / 8 not in losses
-
-
-def test_a_study_gives_accuracies_by_seed_with_their_mean_and_error(monkeypatch, tmp_path):
-    study, wrong = STUDIES["first-token"], {6: 0.5, 7: 0.25, 8: 0.75}
-    runs = {words: pathlib.Path(words) for words in study.configs}
-    assert len(runs) == 12
-
-    def read(run, kind):
-        seed = int(str(run)[-1])
-        return (
-            {1: {"loss": 2.0 + seed}}
-            if kind == "train"
-            else {100: {"error_rate": 1.0}, 200: {"error_rate": wrong[seed]}}
-        )
-
-    small = dataclasses.replace(EXPERIMENTS["lra-first-token-tiny"](), data=FIRST)
-    monkeypatch.setattr(trainer.run_folder, "read_metrics", read)
-    monkeypatch.setattr(trainer.evaluate, "read_config", lambda run: small)
-    figures = study.measure(runs)
-    assert figures["arms"]["LRU"] == {
-        "steps": [100, 200],
-        "accuracy": [[0, 0.5], [0, 0.75], [0, 0.25]],
-        "first_loss": [8, 9, 10],
-    }
-    labels = open_data(FIRST).held_out.read(np.arange(64))["labels"]
-    assert figures["chance"] == collections.Counter(labels.tolist()).most_common(1)[0][1] / 64
-    assert study.table(figures)[4].split() == [
-        "LRU",
-        "0.500",
-        "0.750",
-        "0.250",
-        "0.500",
-        "0.144",
-        "9.000",
-    ]  # sqrt(1/16 / 3)
-    figure = new_figure()
-    study.draw(figures, figure)
-    assert [line.get_label() for line in figure.axes[0].get_lines()[:4]] == list(figures["arms"])
 
 
 @pytest.mark.slow

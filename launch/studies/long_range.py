@@ -1,35 +1,72 @@
-"""Small runs of Long Range Arena's kind (arXiv 2303.06349): which steps towards the LRU are needed to remember a row's first token,
-and whether an LRU evaluates nested expressions better than a Transformer and a vanilla RNN of its size."""
+"""Small runs of Long Range Arena's kind (arXiv 2303.06349): which steps from a vanilla RNN towards the LRU are needed to remember
+a row's first token, and whether an LRU evaluates nested expressions better than a Transformer and a vanilla RNN of its size."""
 
 import functools
+import itertools
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
 from launch.studies.study import Figures, Study
 
-SEEDS = (6, 7, 8)
-COLOURS = ("#762a83", "#1b7837", "#b2182b", "#2166ac", "#888888")
-# What plot and table call the runs with these words.
+# Models of one size, by their words without a learning rate.
 STEPS = {
-    "lra-first-token-tiny --model.recurrence diagonal": "diagonal, unit disk",
+    "lra-first-token-tiny --model.recurrence tanh --model.state_size 20": "vanilla RNN, tanh",
+    "lra-first-token-tiny-transformer": "Transformer",
+    "lra-first-token-tiny --model.recurrence dense --model.state_size 20": "linear RNN",
+    "lra-first-token-tiny --model.recurrence diagonal": "diagonal",
+    "lra-first-token-tiny --model.recurrence exponential": "exponential",
     "lra-first-token-tiny --model.recurrence ring --model.r_min 0 --model.r_max 0.9": "exponential, at most 0.9",
     "lra-first-token-tiny --model.recurrence ring": "exponential, ring",
     "lra-first-token-tiny": "LRU",
 }
-LONGER = {f"{words} --data.sequence_length 512": arm for words, arm in STEPS.items()}
 MODELS = {
-    "lra-listops-tiny --model.recurrence tanh": "vanilla RNN, tanh",
+    "lra-listops-tiny --model.recurrence tanh --model.state_size 80": "vanilla RNN, tanh",
     "lra-listops-tiny-transformer": "Transformer",
     "lra-listops-tiny": "LRU",
 }
 PUBLISHED = {"lra-listops --model.recurrence tanh": "vanilla RNN, tanh", "lra-listops": "LRU"}
-ARMS = STEPS | LONGER | MODELS | PUBLISHED
+COLOURS = {
+    "vanilla RNN, tanh": "#e08214",
+    "Transformer": "#b2182b",
+    "linear RNN": "#8c510a",
+    "diagonal": "#762a83",
+    "exponential": "#9970ab",
+    "exponential, at most 0.9": "#888888",
+    "exponential, ring": "#1b7837",
+    "LRU": "#2166ac",
+}
 
 
-def runs_of(arms: dict[str, str]) -> tuple[str, ...]:
-    """The words of all runs; a seed decides rows and initialisation."""
-    return tuple(f"{words} --trainer.seed {seed} --data.seed {seed}" for words in arms for seed in SEEDS)
+# Of each the rate that is best at the end in launch/sweeps/long_range.py, among equals the one with the best mean by step.
+STEP_RATES = {
+    "vanilla RNN, tanh": 3e-2,
+    "Transformer": 1e-2,
+    "linear RNN": 3e-3,
+    "diagonal": 1e-2,
+    "exponential": 1e-2,
+    "exponential, at most 0.9": 1e-2,
+    "exponential, ring": 1e-2,
+    "LRU": 3e-2,
+}
+MODEL_RATES = {"vanilla RNN, tanh": 1e-2, "Transformer": 3e-3, "LRU": 1e-2}
+
+
+def runs_of(arms: dict[str, str], rates: dict[str, float], seeds: range, more: str = "") -> dict[str, str]:
+    """The words of all runs, and the model of each; a seed decides rows and initialisation."""
+    return {
+        f"{words} --optimizer.learning_rate {rates[arm]:g}{more} --trainer.seed {seed} --data.seed {seed}": arm
+        for words, arm in arms.items()
+        for seed in seeds
+    }
+
+
+FIRST_TOKEN_RUNS = runs_of(STEPS, STEP_RATES, range(10, 15))
+LONGER_RUNS = runs_of(STEPS, STEP_RATES, range(10, 15), " --data.sequence_length 512")
+LISTOPS_RUNS = runs_of(MODELS, MODEL_RATES, range(10, 13))
+PUBLISHED_RUNS = runs_of(PUBLISHED, dict.fromkeys(PUBLISHED.values(), 3e-3), range(3))
+ARMS = FIRST_TOKEN_RUNS | LONGER_RUNS | LISTOPS_RUNS | PUBLISHED_RUNS
 
 
 def measure(runs: dict[str, pathlib.Path]) -> Figures:
@@ -40,7 +77,7 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
     found: dict[str, dict] = {}
     for words, run in runs.items():
         evaluations = sorted(read_metrics(run, "eval").items())
-        arm = found.setdefault(ARMS[words.partition(" --trainer.seed")[0]], {"accuracy": [], "first_loss": []})
+        arm = found.setdefault(ARMS[words], {"accuracy": [], "first_loss": []})
         arm["steps"] = [step for step, _ in evaluations]
         arm["accuracy"].append([1 - record["error_rate"] for _, record in evaluations])
         arm["first_loss"].append(read_metrics(run, "train")[1]["loss"])
@@ -57,37 +94,80 @@ def majority(config) -> float:
     return float(np.bincount(labels).max() / len(labels))
 
 
-def table(figures: Figures) -> list[str]:
-    lines = [f"{'':<28}{'held-out accuracy by seed':>30}{'mean':>8}{'s.e.':>7}{'loss of step 1':>16}"]
+def less(figures: Figures, one: str, other: str) -> tuple[float, float]:
+    """Accuracy at the end of one model less that of another, with the same seeds: mean and standard error."""
+    ends = [np.array(figures["arms"][arm]["accuracy"])[:, -1] for arm in (one, other)]
+    return mean_and_error(ends[0] - ends[1])
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def at_the_end(figures: Figures, arm: str) -> float:
+    return mean_and_error(np.array(figures["arms"][arm]["accuracy"])[:, -1])[0]
+
+
+def beats(figures: Figures, one: str, other: str) -> bool:
+    difference, error = less(figures, one, other)
+    return difference > 2 * error
+
+
+def first_token_criteria(figures: Figures) -> dict[str, bool]:
+    order = ("linear RNN", "diagonal", "exponential", "exponential, ring", "LRU")
+    return {
+        "LRU: at least 0.95": at_the_end(figures, "LRU") >= 0.95,
+        "moduli of at most 0.9: at most 0.25": at_the_end(figures, "exponential, at most 0.9") <= 0.25,
+        "LRU over the vanilla RNN by two standard errors": beats(figures, "LRU", "vanilla RNN, tanh"),
+        "LRU over the Transformer by two standard errors": beats(figures, "LRU", "Transformer"),
+        "no step from linear RNN to LRU costs two standard errors": not any(
+            beats(figures, before, after) for before, after in itertools.pairwise(order)
+        ),
+    }
+
+
+def listops_criteria(figures: Figures) -> dict[str, bool]:
+    return {
+        "LRU: 15 points over the most frequent value": at_the_end(figures, "LRU") >= figures["chance"] + 0.15,
+        "LRU over the vanilla RNN by two standard errors": beats(figures, "LRU", "vanilla RNN, tanh"),
+        "LRU over the Transformer by two standard errors": beats(figures, "LRU", "Transformer"),
+    }
+
+
+def table(figures: Figures, criteria: Callable[[Figures], dict[str, bool]]) -> list[str]:
+    lines = [f"{'':<26}{'held-out accuracy by seed':>32}{'mean':>8}{'s.e.':>7}{'loss of step 1':>16}"]
     for arm, found in figures["arms"].items():
         last = np.array(found["accuracy"])[:, -1]
-        by_seed = " ".join(f"{one:.3f}" for one in last)
-        error = last.std(ddof=1) / len(last) ** 0.5
-        lines.append(f"{arm:<28}{by_seed:>30}{last.mean():8.3f}{error:7.3f}{np.mean(found['first_loss']):16.3f}")
-    return [*lines, f"the most frequent label alone: {figures['chance']:.3f}"]
+        by_seed, (mean, error) = " ".join(f"{one:.3f}" for one in last), mean_and_error(last)
+        lines.append(f"{arm:<26}{by_seed:>32}{mean:8.3f}{error:7.3f}{np.mean(found['first_loss']):16.3f}")
+    lines += [f"the most frequent label alone: {figures['chance']:.3f}", ""]
+    return lines + [f"{'met' if met else 'NOT MET':<9}{criterion}" for criterion, met in criteria(figures).items()]
 
 
 def draw(figures: Figures, figure, title: str) -> None:
     axis = figure.subplots()
-    for (arm, found), colour in zip(figures["arms"].items(), COLOURS, strict=False):
-        accuracy = np.array(found["accuracy"])
+    for arm, found in figures["arms"].items():
+        accuracy, colour = np.array(found["accuracy"]), COLOURS[arm]
         axis.plot(found["steps"], accuracy.mean(axis=0), color=colour, label=arm, marker="o", markersize=3)
         axis.fill_between(found["steps"], accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=0.15, lw=0)
     axis.axhline(figures["chance"], color="grey", linestyle=":", label="the most frequent label")
     axis.set(title=title, xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.03))
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def study(question: str, title: str, arms: dict[str, str], full: dict[str, str]) -> Study:
-    return Study(
-        question=question,
-        configs=runs_of(arms),
-        full=runs_of(full),
-        measure=measure,
-        table=table,
-        draw=functools.partial(draw, title=title),
-    )
-
-
-FIRST_TOKEN = study("which steps towards the LRU remember a row's first token?", "first token", STEPS, LONGER)
-LISTOPS = study("does an LRU evaluate expressions better than models of its size?", "short ListOps", MODELS, PUBLISHED)
+FIRST_TOKEN = Study(
+    question="which steps towards the LRU remember a row's first token?",
+    configs=tuple(FIRST_TOKEN_RUNS),
+    full=tuple(LONGER_RUNS),
+    measure=measure,
+    table=functools.partial(table, criteria=first_token_criteria),
+    draw=functools.partial(draw, title="first token"),
+)
+LISTOPS = Study(
+    question="does an LRU evaluate expressions better than models of its size?",
+    configs=tuple(LISTOPS_RUNS),
+    full=tuple(PUBLISHED_RUNS),
+    measure=measure,
+    table=functools.partial(table, criteria=listops_criteria),
+    draw=functools.partial(draw, title="short ListOps"),
+)
