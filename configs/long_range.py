@@ -59,7 +59,9 @@ TABLE = {
         0.1,
     ),
     "retrieval": Row(
-        LongRangeData(task="retrieval", files="lra_release/tsv_data", sequence_length=8001, batch_size=64),
+        LongRangeData(
+            task="retrieval", files="lra_release/tsv_data", inputs="pairs", sequence_length=8000, batch_size=64
+        ),
         128,
         256,
         100_000,
@@ -130,6 +132,7 @@ def published(name: str) -> Callable[[], Config]:
                 channels=row.data.channels,
                 pooling="mean",
                 num_classes=row.data.num_classes,
+                pairs=row.data.inputs == "pairs",
             ),
             data=row.data,
             optimizer=OptimizerConfig(
@@ -185,6 +188,16 @@ TINY = {
         "last",
         500,
     ),
+    "matching": (
+        LongRangeData(task="matching", inputs="pairs", sequence_length=128, held_out_rows=512),
+        32,
+        2,
+        32,
+        0.9,
+        0.25,
+        "mean",
+        1000,
+    ),
 }
 
 
@@ -203,6 +216,7 @@ def tiny(name: str) -> Callable[[], Config]:
                 rate_factor=rate_factor,
                 pooling=pooling,
                 num_classes=data.num_classes,
+                pairs=data.inputs == "pairs",
             ),
             data=data,
             optimizer=OptimizerConfig(warmup_steps=steps // 10, weight_decay=0.05),

@@ -9,6 +9,7 @@ _DATA = ("data", "result")
 _SHAPE = ("data", "result", "recompile")
 SIDES = (32, 64, 128)  # pixels of a pathfinder image
 FILED = ("text", "retrieval", "cifar")  # tasks whose rows a user brings; the others are made or packaged
+PAIRED = ("matching", "retrieval")  # tasks on two documents a row
 PIXELS = {"pathfinder": 1, "digits": 1, "cifar": 3}  # tasks on images, and the channels of a pixel
 
 
@@ -20,14 +21,18 @@ class LongRangeData(Section):
     kind: ClassVar[str] = "long-range"
     task: str = setting(
         "listops",
-        "value of a nested expression; whether two discs are on one curve; handwritten digits; a row's first symbol; sentiment "
-        "of a text; whether two texts are related; what an image shows",
-        choices=("listops", "pathfinder", "digits", "first-token", *FILED),
+        "value of a nested expression; whether two discs are on one curve; handwritten digits; a row's first symbol; whether "
+        "two made-up documents have one key; sentiment of a text; whether two texts are related; what an image shows",
+        choices=("listops", "pathfinder", "digits", "first-token", "matching", *FILED),
         changes=_SHAPE,
     )
     files: str = setting("", "folder of a user's files (text, retrieval, cifar)", changes=_DATA)
     inputs: str = setting(
-        "tokens", "pixels as one of so many levels of grey, or as numbers", choices=("tokens", "values"), changes=_SHAPE
+        "tokens",
+        "pixels as one of so many levels of grey, or as numbers (values); two documents as one sequence with a separator "
+        "between them, or a half of the row each (pairs), for models that encode them one by one",
+        choices=("tokens", "values", "pairs"),
+        changes=_SHAPE,
     )
     held_out_split: str = setting(
         "validation",
@@ -36,7 +41,10 @@ class LongRangeData(Section):
         changes=("data",),
     )
     sequence_length: int = setting(
-        2048, "tokens or pixels a row T, the end is padding; an image has T pixels", low=2, changes=_SHAPE
+        2048,
+        "tokens or pixels a row T, the end is padding; an image has T pixels, a document of pairs at most T / 2 tokens",
+        low=2,
+        changes=_SHAPE,
     )
     max_depth: int = setting(10, "nested brackets and a digit inside (listops)", low=2, changes=_DATA)
     max_args: int = setting(10, "values in a bracket, from 2 (listops)", low=2, changes=_DATA)
@@ -46,7 +54,10 @@ class LongRangeData(Section):
         14, "dashes of a curve (pathfinder): 6, 9 or 14 for easy to hard", low=3, high=14, changes=_DATA
     )
     num_symbols: int = setting(
-        8, "symbols a row may begin with; as many others follow (first-token)", low=2, changes=_SHAPE
+        8,
+        "symbols that a row may begin with or keys; the rest is of as many others (first-token, matching)",
+        low=2,
+        changes=_SHAPE,
     )
     training_rows: int = setting(96_000, "rows that are made for training, again and again", low=1, changes=_DATA)
     held_out_rows: int = setting(2000, "rows that are made for evaluation", low=1, changes=("data",))
@@ -57,7 +68,20 @@ class LongRangeData(Section):
     @property
     def num_input_symbols(self) -> int:
         """Ids of a row's own tokens; the labels' ids follow them."""
-        return {"listops": 15, "digits": 17, "first-token": 2 * self.num_symbols, "retrieval": 257}.get(self.task, 256)
+        own = {"listops": 15, "digits": 17, "first-token": 2 * self.num_symbols, "matching": 2 * self.num_symbols}
+        return own.get(self.task, 256) + (self.task in PAIRED)  # with the separator, in rows without one, too
+
+    @property
+    def separator(self) -> int:
+        """Between two documents in one sequence."""
+        return self.num_input_symbols - 1
+
+    @property
+    def text_length(self) -> int:
+        """Most symbols of a text, or of each of two."""
+        if self.task not in PAIRED:
+            return self.sequence_length
+        return (self.sequence_length - (self.inputs != "pairs")) // 2
 
     @property
     def num_classes(self) -> int:
@@ -72,6 +96,18 @@ class LongRangeData(Section):
         if self.inputs == "values" and self.task not in PIXELS:
             raise ConfigError(
                 f"{self.show('inputs')} contradicts {self.show('task')}: symbols are no numbers, 'tokens' is allowed"
+            )
+        if self.inputs == "pairs" and self.task not in PAIRED:
+            raise ConfigError(
+                f"{self.show('inputs')} contradicts {self.show('task')}: its rows are no pairs, 'tokens' is allowed"
+            )
+        if self.inputs == "pairs" and self.sequence_length % 2:
+            raise ConfigError(
+                f"{self.show('sequence_length')} is odd: with {self.show('inputs')} a document has half of it, give an even number"
+            )
+        if not self.text_length:
+            raise ConfigError(
+                f"{self.show('sequence_length')} has no room for two documents and a separator: at least 3 is allowed"
             )
         if bool(self.files) != (self.task in FILED):
             allowed = "the folder of its files is missing" if self.task in FILED else "it has no files, '' is allowed"
@@ -92,13 +128,21 @@ class LongRangeData(Section):
                 )
 
 
-def check_long_range(model: Any, data: LongRangeData) -> None:
+def check_long_range(model: Any, data: LongRangeData, mesh: Any) -> None:
     """Raise ConfigError unless the model reads what the data gives: any language model learns the label as the token after the
-    row; one that pools a row gives one logit a class."""
+    row; one that pools a row, or both documents of one, gives one logit a class."""
     pooling = getattr(model, "pooling", "none")
     if pooling != "none" and model.num_classes != data.num_classes:
         raise ConfigError(
             f"{model.show('num_classes')} does not fit {data.show('task')}, which has {data.num_classes} classes"
+        )
+    paired = data.inputs == "pairs"
+    if paired != getattr(model, "pairs", paired):
+        raise ConfigError(f"{model.show('pairs')} contradicts {data.show('inputs')}: {paired} is allowed")
+    if paired and data.text_length % mesh.sequence:
+        raise ConfigError(
+            f"{data.show('sequence_length')} has documents of {data.text_length}, not a multiple of "
+            f"{mesh.show('sequence')}, the devices that share a sequence"
         )
     if data.inputs != getattr(model, "inputs", "tokens"):
         raise ConfigError(

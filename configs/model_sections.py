@@ -172,6 +172,9 @@ class LRUConfig(Section):
         changes=_ARCH,
     )
     num_classes: int = setting(0, "classes of a pooled sequence; 0 where nothing is pooled", low=0, changes=_ARCH)
+    pairs: bool = setting(
+        False, "a row is two documents, pooled one by one; what is classified is both (LRA's retrieval)", changes=_ARCH
+    )
 
     @property
     def dense(self) -> bool:
@@ -180,8 +183,8 @@ class LRUConfig(Section):
 
     @property
     def inputs(self) -> str:
-        """The field of a batch that the model reads: tokens (B T), or values (B T C)."""
-        return "values" if self.channels else "tokens"
+        """The field of a batch that the model reads: tokens (B T), values (B T C), or pairs (B 2T)."""
+        return "pairs" if self.pairs else "values" if self.channels else "tokens"
 
     def check(self) -> None:
         if self.r_min >= self.r_max:
@@ -189,6 +192,7 @@ class LRUConfig(Section):
         for name, why in (
             ("bidirectional", "a token would see its successor"),
             ("channels", "numbers are no vocabulary"),
+            ("pairs", "two documents have one class"),
         ):
             if self.pooling == "none" and getattr(self, name):
                 raise ConfigError(

@@ -44,7 +44,8 @@ def lru(config: LRUConfig) -> Count:
     layer = recurrence + d + 2 * d + 2 * d * d + 2 * d  # with the skip D, the norm and the gated unit
     embedding = 0 if config.channels else config.vocab_size * d
     encoder = d * (config.channels + 1) if config.channels else 0
-    return Count(config.depth * layer + d + config.num_classes * (d + 1) + encoder + embedding, embedding)
+    head = config.num_classes * (d + 1) + config.pairs * (4 * d * d + d)
+    return Count(config.depth * layer + d + head + encoder + embedding, embedding)
 
 
 COUNTS: dict[str, Callable[[Any], Count]] = {"griffin": griffin, "gemma": gemma, "lru": lru}  # by kind of model

@@ -158,7 +158,7 @@ class Config:
                 )
             check_shared_images(self.data, self.mesh)
         if isinstance(self.data, LongRangeData):
-            check_long_range(self.model, self.data)
+            check_long_range(self.model, self.data, self.mesh)
         if isinstance(self.model, LRUConfig):
             if self.model.pooling != "none" and not isinstance(self.data, LongRangeData):
                 raise ConfigError(

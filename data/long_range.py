@@ -1,8 +1,9 @@
 """Sequences with a label each: Long Range Arena (arXiv 2011.04006) and small tasks like it.
 
 Made-up rows are functions of (seed, split, number); those that take long to make are kept on disk. A row is its symbols or
-pixels, then padding. Its label is there twice: as `labels`, for models that pool a row, and as the token that is asked for at the
-row's last place, with the ids that follow those of the symbols, so that a language model learns it as it is.
+pixels, then padding; of pairs each half is that for one document. Its label is there twice: as `labels`, for models that pool
+a row, and as the token that is asked for at the row's last place, with the ids that follow those of the symbols, so that a
+language model learns it as it is.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from configs.long_range_data import FILED, LongRangeData
 from data.dataset import Batch, Dataset, Origin, manifest_of
 from data.images import load_digits
 from data.kept_rows import CACHE, KeptRows, name_of
-from data.labelled_rows import Rows, Source
+from data.labelled_rows import Rows, Source, rows_of
 from data.listops import expression
 from data.long_range_files import open_files
 from data.order import ALGORITHM, mixed
@@ -41,15 +42,19 @@ class Sequences:
         return len(self.source)
 
     def read(self, indices: np.ndarray) -> Batch:
-        """Rows [B] by number, int64 [B]. Fields: tokens int32 [B, T], or values float32 [B, T, C]; segment_pos int32 [B, T], -1
-        in padding; labels int32 [B]; targets int32 and weights float32, [B, T]: the label's token, and 1, at the last place
-        that is no padding."""
+        """Rows [B] by number, int64 [B]. Fields: tokens or pairs int32 [B, T], or values float32 [B, T, C]; segment_pos int32
+        [B, T], -1 in padding, from 0 on in each document of a pair; labels int32 [B]; targets int32 and weights float32, [B, T]:
+        the label's token, and 1, at the last place that is no padding."""
         symbols, lengths, labels = self.source.rows(indices)
-        place = np.arange(self.config.sequence_length, dtype=np.int32)[None]
-        last = place == lengths[:, None] - 1
+        lengths = lengths[:, None, None] if lengths.ndim == 1 else lengths[:, :, None]  # of the row or its documents
+        place = np.arange(self.config.sequence_length // lengths.shape[1], dtype=np.int32)[None, None]
+        segment_pos = np.where(place < lengths, place, np.int32(-1))
+        last = place == lengths - 1
+        last[:, :-1] = False
+        segment_pos, last = (a.reshape(len(labels), self.config.sequence_length) for a in (segment_pos, last))
         return {
             self.config.inputs: values(symbols, self.config.task) if self.config.channels else tokens(symbols),
-            "segment_pos": np.where(place < lengths[:, None], place, np.int32(-1)),
+            "segment_pos": segment_pos,
             "labels": labels.astype(np.int32),
             "targets": np.where(last, self.config.num_input_symbols + labels[:, None], 0).astype(np.int32),
             "weights": last.astype(np.float32),
@@ -85,9 +90,9 @@ class MadeUp:
         name = f"podwright {self.config.task} {self.config.seed} {self.split}"
         (first,) = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], "<u8")
         keys = mixed(mixed(indices.astype(np.uint64)) + first)
-        return {"listops": listops, "pathfinder": pathfinder, "first-token": first_token}[self.config.task](
-            self.config, self.split, keys
-        )
+        return {"listops": listops, "pathfinder": pathfinder, "first-token": first_token, "matching": matching}[
+            self.config.task
+        ](self.config, self.split, keys)
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
         return [[Origin(f"{self.config.task}, {self.split}", int(i))] for i in indices]
@@ -115,6 +120,23 @@ def first_token(config: LongRangeData, split: str, keys: np.ndarray) -> Rows:
     symbols = (words % np.uint64(config.num_symbols)).astype(np.uint16)
     symbols[:, 1:] += config.num_symbols
     return Rows(symbols, np.full(len(keys), length), symbols[:, 0].astype(np.int64))
+
+
+def matching(config: LongRangeData, split: str, keys: np.ndarray) -> Rows:
+    """Two documents, each with a key somewhere among symbols that are none: whether it is the same. A document has from half
+    of the symbols that there is room for to all."""
+    count, room = config.num_symbols, config.text_length
+    words = mixed(keys[:, None] + mixed(np.arange(2 * (room + 3), dtype=np.uint64))).reshape(len(keys), 2, room + 3)
+    drawn = (words[:, :, :3] >> np.uint64(1)).astype(np.int64)
+    lengths = room - drawn[:, :, 0] % (room // 2 + 1)
+    places = drawn[:, :, 1] % lengths
+    labels = drawn[:, 1, 2] % 2
+    away = (1 - labels) * (1 + drawn[:, 1, 2] // 2 % (count - 1))
+    own = np.stack([drawn[:, 0, 2], drawn[:, 0, 2] + away], axis=1) % count
+    symbols = (words[:, :, 3:] % np.uint64(count)).astype(np.uint16) + np.uint16(count)
+    np.put_along_axis(symbols, places[:, :, None], own[:, :, None].astype(np.uint16), axis=2)
+    texts = [[text[:length] for text, length in zip(*row, strict=True)] for row in zip(symbols, lengths, strict=True)]
+    return rows_of(texts, labels, config)
 
 
 @dataclass(frozen=True)
@@ -149,6 +171,7 @@ DECIDES: dict[str, tuple[str, ...]] = {
     "listops": ("max_depth", "max_args", "min_length", "max_length"),
     "pathfinder": ("contour_length",),
     "first-token": ("num_symbols",),
+    "matching": ("num_symbols",),
 }
 SLOW = ("listops", "pathfinder")
 
@@ -178,6 +201,9 @@ def open_long_range(config: LongRangeData) -> Dataset:
         train = made_up(config, "train", config.training_rows)
         held_out = made_up(config, config.held_out_split, config.held_out_rows)
     counts = {"training_rows": len(train), "held_out_rows": len(held_out), "skipped": len(skipped)}
+    what = f"{config.sequence_length:,} {config.inputs}"
+    if config.inputs == "pairs":
+        what = f"two documents of {config.text_length:,} tokens"
     made = f", made as they are read{f' and kept in {CACHE}' * (config.task in SLOW)}" * (config.task in DECIDES)
     return Dataset(
         manifest=manifest_of(content, counts),
@@ -187,7 +213,7 @@ def open_long_range(config: LongRangeData) -> Dataset:
         seed=config.seed,
         summary=(
             f"{config.task}: {len(train):,} rows for training and {len(held_out):,} for {config.held_out_split} of "
-            f"{config.sequence_length:,} {config.inputs} at most, {config.num_classes} classes{made}",
+            f"{what} at most, {config.num_classes} classes{made}",
         ),
         skipped=skipped,
         unit="row",

@@ -5,7 +5,7 @@
     cifar      data_batch_1.bin to data_batch_5.bin and test_batch.bin of CIFAR-10's binary version; the last 5,000 images for
                training are the validation split
 
-Texts are read as bytes and cut to what a row holds.
+Texts are read as bytes and cut to what a row holds of each.
 """
 
 import hashlib
@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.long_range_data import LongRangeData
+from configs.long_range_data import PAIRED, LongRangeData
 from data.dataset import DataError, Origin
-from data.labelled_rows import Rows, Source
+from data.labelled_rows import Rows, Source, rows_of
 
-SEPARATOR = 256  # between two texts, whose symbols are bytes
 IMAGE = 32 * 32 * 3
 VALIDATION_IMAGES = 5000
 Found = tuple[
@@ -53,15 +52,13 @@ class Lines:
         return len(self.starts)
 
     def rows(self, indices: np.ndarray) -> Rows:
-        length = self.config.sequence_length
-        symbols = np.zeros((len(indices), length), np.uint16)
-        lengths, labels = np.empty((2, len(indices)), np.int64)
+        texts, labels = [], np.empty(len(indices), np.int64)
         with open(self.file, "rb") as file:
             for row, start in enumerate(self.starts[indices].tolist()):
                 file.seek(start)
                 found, labels[row] = parsed(self.config, self.file, file.readline())
-                symbols[row, : len(found)], lengths[row] = found, len(found)
-        return Rows(symbols, lengths, labels)
+                texts.append(found)
+        return rows_of(texts, labels, self.config)
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
         return [[Origin(self.file.name, int(i))] for i in self.numbers[indices]]
@@ -113,21 +110,17 @@ def lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def parsed(config: LongRangeData, file: Path, line: bytes) -> tuple[np.ndarray, int]:
-    """Symbols [n], n <= T, and label of a line. Raises Unusable."""
+def parsed(config: LongRangeData, file: Path, line: bytes) -> tuple[list[np.ndarray], int]:
+    """The text of a line, or both, uint8 [n], and its label. Raises Unusable."""
     fields = of_json(line) if file.suffix == ".jsonl" else line.rstrip(b"\r\n").split(b"\t")
-    label, *texts = [fields[0], *fields[3:]] if config.task == "retrieval" and len(fields) == 5 else fields
-    if len(texts) != (2 if config.task == "retrieval" else 1):
+    label, *texts = [fields[0], *fields[3:]] if config.task in PAIRED and len(fields) == 5 else fields
+    if len(texts) != (2 if config.task in PAIRED else 1):
         raise Unusable(f"of {len(fields)} columns")
     if not all(texts):
         raise Unusable("without a text")
     if label not in (b"0", b"1", b"0.0", b"1.0"):
         raise Unusable("without a label that is 0 or 1")
-    room = (config.sequence_length - (len(texts) - 1)) // len(texts)
-    first, *second = (np.frombuffer(text[:room], np.uint8).astype(np.uint16) for text in texts)
-    return np.concatenate([first, *(part for text in second for part in ([SEPARATOR], text))]).astype(np.uint16), int(
-        float(label)
-    )
+    return [np.frombuffer(text, np.uint8) for text in texts], int(float(label))
 
 
 def of_json(line: bytes) -> list[bytes]:

@@ -27,9 +27,8 @@ def batch_fields(config: DataConfig, held_out: bool = False) -> dict[str, Field]
         return fields | ({"values": (row, np.int32), "group": ((rows,), np.int32)} if held_out else {})
     if isinstance(config, LongRangeData):
         fields["labels"] = ((rows,), np.int32)
-        if config.channels:
-            del fields["tokens"]
-            fields["values"] = ((*row, config.channels), np.float32)
+        given = fields.pop("tokens")
+        fields[config.inputs] = ((*row, config.channels), np.float32) if config.channels else given
     elif not isinstance(config, RecallData):
         fields |= {"segment_ids": (row, np.int32), "target_bytes": ((rows,), np.int32)}
     return fields

@@ -29,6 +29,8 @@ def write_logits(run: str, tokens_file: pathlib.Path, out: pathlib.Path) -> None
     config = read_config(run)
     if isinstance(config.model, NFNetConfig):
         raise ConfigError(f"{run} is a model of images: only text runs have logits of tokens")
+    if getattr(config.model, "pooling", "none") != "none":
+        raise ConfigError(f"{run} classifies whole rows: only text runs have logits of tokens")
     if out.exists():
         raise StorageError(f"{out} exists already: give --out a new file")
     try:

@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import reshard
 
 from configs.schema import LRUConfig
-from models.blocks import Linear, einsum_float32
+from models.blocks import Linear
+from models.heads import Head, one_by_one
 from models.language_model import LanguageModel
 from models.params import Init, Initialiser, Spec, cast_kernels, normal, ones, zeros
 from models.remat import Remat, named
@@ -26,7 +27,8 @@ class LRUModel(LanguageModel):
     """Residual blocks of recurrence and gated unit; logits of tokens, or of whole sequences (`config.pooling`).
 
     The norm before the head is of this house: the paper has none, and a table as head is lost without it. Rows of values
-    (B T C) are read through a matrix in place of the table (`config.channels`).
+    (B T C) are read through a matrix in place of the table (`config.channels`). The two documents of a row (`config.pairs`)
+    are rows of their own, to all layers, until they are pooled and compared.
     """
 
     def __init__(self, config: LRUConfig, init: Init):
@@ -48,9 +50,11 @@ class LRUModel(LanguageModel):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, State]:
         """As a language model's call. Where sequences are pooled, `tokens` may be values (B T C), logits are those of rows
-        (B K), no state is passed on, and a key drops channels."""
+        (B K), no state is passed on, and a key drops channels. Pairs are (B 2T), a document and its padding a half."""
         if self.head is None:
             return super().__call__(tokens, segment_pos, dtype=dtype, remat=remat, state=state)
+        if self.config.pairs:
+            tokens, segment_pos = one_by_one(tokens), one_by_one(segment_pos)
         x = self.features(tokens, segment_pos, dtype=dtype, remat=remat, dropout_key=dropout_key)
         assert isinstance(x, jax.Array)
         return self.head(x, reshard(segment_pos, self.spec("batch", "seq")))
@@ -67,26 +71,6 @@ class Encoder(nnx.Module):
     @jax.named_scope("embedding")
     def __call__(self, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return cast_kernels(self.linear, dtype)(reshard(values.astype(dtype), self.spec("batch", "seq", None)))
-
-
-class Head(nnx.Module):
-    """Features (B T D) of rows of one sequence each, and padding, to logits (B K) in float32."""
-
-    def __init__(self, config: LRUConfig, init: Init):
-        width, classes = config.width, config.num_classes
-        self.kernel = init.param("kernel", (width, classes), ("embed", None), normal(1 / width))
-        self.bias = init.param("bias", (classes,), (None,), zeros)
-        self.pooling, self.spec = config.pooling, init.spec
-
-    def __call__(self, x: jax.Array, segment_pos: jax.Array) -> jax.Array:
-        real = segment_pos >= 0
-        if self.pooling == "last":
-            real = real & (segment_pos == jnp.max(segment_pos, axis=1, keepdims=True))
-        share = real.astype(jnp.float32)
-        share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1)
-        pooled = einsum_float32("bt,btd->bd", share, x.astype(jnp.float32), self.spec("batch", None))
-        kernel = reshard(self.kernel[...], self.spec(None, None))
-        return einsum_float32("bd,dk->bk", pooled, kernel, self.spec("batch", None)) + self.bias[...][None]
 
 
 class Block(nnx.Module):
@@ -362,5 +346,6 @@ def train_flops(config: LRUConfig, length: int) -> float:
     """Matrix FLOPs a token of one training step (backward = 2 x forward)."""
     d, n, ways = config.width, config.state_size, 1 + config.bidirectional
     recurrence = (1 + ways) * d * n + ways * n * n if config.dense else 2 * (1 + ways) * d * n
-    ends = d * (config.channels + config.num_classes / length) if config.num_classes else d * config.vocab_size
+    a_row = d * config.num_classes + config.pairs * 4 * d * d
+    ends = d * config.channels + a_row / length if config.num_classes else d * config.vocab_size
     return 3 * 2 * (config.depth * (recurrence + 2 * d * d) + ends)

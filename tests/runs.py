@@ -22,6 +22,7 @@ SMALL = {
     "gemma-tiny": "--model.width 32 --model.head_dim 16 --model.mlp_width 64 --model.window 16 "
     "--model.pattern local,global --model.depth 3 --data.sequence_length 64",
     "lru-tiny": "--model.width 32 --model.state_size 32 --model.depth 3 --data.sequence_length 64",
+    "lra-matching-tiny": "--model.depth 3 --data.sequence_length 64 --data.held_out_rows 32",
     "nfnet-tiny": "--model.widths 32,32 --model.depths 1,2 --model.head_width 32 --model.dropout 0.1 "
     "--model.stochastic_depth 0.1",
 }

@@ -164,7 +164,7 @@ def test_texts_are_bytes_cut_to_the_row(tmp_path):
     assert "6 rows" in " ".join(opened.describe())
 
 
-def test_pairs_of_texts_are_two_halves_of_a_row_and_a_separator(tmp_path):
+def test_two_texts_are_one_row_with_a_separator_for_a_language_model(tmp_path):
     for split in ("train", "eval"):
         (tmp_path / f"new_aan_pairs.{split}.tsv").write_text(
             "1.0\tA1\tB2\tfirst text\tab\n0.0\tA1\tB2\tx\ty\n1\tA1\tx\ty\n"
@@ -263,7 +263,7 @@ def test_the_table_of_the_paper_is_there():
         "cifar": (1024, 512, 384, 180_000, 50, 0.1, 0.9, 0.999),
         "listops": (2048, 128, 256, 80_000, 32, 0.0, 0.0, 0.99),
         "text": (4096, 256, 192, 50_000, 32, 0.1, 0.5, 0.9),
-        "retrieval": (8001, 128, 256, 100_000, 64, 0.1, 0.5, 0.9),
+        "retrieval": (8000, 128, 256, 100_000, 64, 0.1, 0.5, 0.9),
         "pathfinder": (1024, 192, 256, 500_000, 64, 0.0, 0.9, 0.999),
         "pathx": (16384, 128, 256, 250_000, 32, 0.0, 0.999, 0.9999),
     }

@@ -43,6 +43,7 @@ FAMILIES = {
         UNEVEN | dict(pattern=("rec", "attn"), depth=2, rnn_width=36, num_gate_blocks=3),
     ),
     "gemma, uneven": ("gemma2-2b", UNEVEN | dict(depth=2, head_dim=6, num_kv_heads=1, padding_rows=2)),
+    "lru, pairs": ("lra-matching-tiny", dict(vocab_size=32, width=32, depth=2, state_size=16)),
     "lru, uneven": ("lru-tiny", dict(vocab_size=19, width=36, depth=2, state_size=12, recurrence="diagonal")),
     "nfnet, uneven": (
         "nfnet-tiny",
@@ -76,6 +77,7 @@ FEW = {
     "recurrentgemma": "fsdp 4 on rings of 2 and 2, tensor 2",
     "gemma 3": "data 2, fsdp 2, tensor 2",
     "lru": "fsdp 2, sequence 2, tensor 2",
+    "lru, pairs": "fsdp 2, sequence 2, tensor 2, 2 microbatches",
     "griffin, uneven": "fsdp 2, tensor 4",
     "gemma, uneven": "fsdp 8",
     "nfnet": "data 2, sequence 4",  # of 16 rows; whole images from stage 1 on
@@ -107,13 +109,15 @@ def batch(config: Config) -> dict[str, np.ndarray]:
             "images": rng.normal(size=rows["images"].shape).astype(np.float32),
             "labels": rng.integers(10, size=16).astype(np.int32),
         }
-    tokens = rows["tokens"]
-    for name in ("tokens", "targets"):
-        rows[name] = rng.integers(config.model.vocab_size, size=tokens.shape).astype(np.int32)
-    starts = rng.random(tokens.shape) < 1 / 24
-    for t in range(1, tokens.shape[1]):
+    shape = rows["targets"].shape
+    for name in (getattr(config.model, "inputs", "tokens"), "targets"):
+        rows[name] = rng.integers(config.model.vocab_size, size=shape).astype(np.int32)
+    starts = rng.random(shape) < 1 / 24
+    for t in range(1, shape[1]):
         rows["segment_pos"][:, t] = np.where(starts[:, t], 0, rows["segment_pos"][:, t - 1] + 1)
-    return rows | {"weights": (rng.random(tokens.shape) < rng.random((16, 1))).astype(np.float32)}
+    if "labels" in rows:
+        rows["labels"] = rng.integers(config.model.num_classes, size=16).astype(np.int32)
+    return rows | {"weights": (rng.random(shape) < rng.random((16, 1))).astype(np.float32)}
 
 
 @functools.cache

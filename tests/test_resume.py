@@ -15,6 +15,7 @@ CASES = [
     pytest.param("nfnet-tiny", "", id="nfnet-tiny", marks=pytest.mark.slow),
     pytest.param("gemma-tiny", "", id="gemma-tiny", marks=pytest.mark.slow),
     pytest.param("lru-tiny", "", id="lru-tiny", marks=pytest.mark.slow),
+    pytest.param("lra-matching-tiny", "", id="lra-matching-tiny", marks=pytest.mark.slow),
     pytest.param("griffin-tiny", MESH, id="griffin-tiny on 8 devices", marks=pytest.mark.slow),
 ]
 
