@@ -60,10 +60,11 @@ def ratio_with_interval(top: np.ndarray, bottom: np.ndarray, *factors: np.ndarra
     return {"value": float(top.sum() / bottom.sum()), "low": low, "high": high}
 
 
-def selected(values: np.ndarray, share: float) -> np.ndarray:
-    """Chance of each to be in the highest `share` of all, float [n] -> [n]. Equal ones draw lots."""
-    above, equal = (compare(values[None, :], values[:, None]).sum(axis=1) for compare in (np.greater, np.equal))
-    return np.clip((share * len(values) - above) / equal, 0, 1)
+def selected(p: np.ndarray, share: float) -> np.ndarray:
+    """Chance of each value of a rising scale, of probability p [K] among all, to be in the highest `share` of all, float [K].
+    Equal ones draw lots."""
+    above = p[::-1].cumsum()[::-1] - p
+    return np.clip((share - above) / np.maximum(p, np.finfo(float).tiny), 0, 1)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -79,11 +79,15 @@ def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
 
 
 def test_the_highest_are_selected_and_equal_ones_draw_lots():
-    np.testing.assert_array_equal(effects.selected(np.array([3.0, 1, 2, 0]), 0.5), [1, 0, 1, 0])
-    np.testing.assert_array_equal(effects.selected(np.array([5.0, 2, 2, 0]), 0.5), [1, 0.5, 0.5, 0])
-    np.testing.assert_array_equal(effects.selected(np.ones(8), 0.25), np.full(8, 0.25))
-    values = np.random.default_rng(10).integers(0, 5, size=101).astype(float)
-    assert effects.selected(values, 0.3).sum() == pytest.approx(30.3)
+    np.testing.assert_allclose(effects.selected(np.array([0.25, 0.5, 0.125, 0.125]), 0.25), [0, 0, 1, 1])
+    np.testing.assert_allclose(effects.selected(np.array([0.25, 0.5, 0.25, 0]), 0.5), [0, 0.5, 1, 1])
+    np.testing.assert_allclose(effects.selected(np.array([0, 1, 0]), 0.25), [0, 0.25, 1])
+    # As those who are selected in fact, of as many as can be drawn.
+    rng, p = np.random.default_rng(10), np.array([0.1, 0.2, 0.4, 0.2, 0.1])
+    values = rng.choice(5, size=100_000, p=p)
+    highest = values[np.argsort(values + rng.uniform(0, 0.5, size=len(values)))[-25_000:]]
+    expected = np.bincount(highest, minlength=5) / np.bincount(values, minlength=5)
+    np.testing.assert_allclose(effects.selected(p, 0.25), expected, atol=0.02)
 
 
 # --- answers that are given -----------------------------------------------------------------------------------------------
@@ -155,11 +159,26 @@ def test_scores_of_bbq_are_those_of_lm_eval():
 
 def test_impact_ratios_are_shares_of_selected_over_the_highest():
     shares = {"male English": 10, "male Spanish": 6, "female English": 4, "female Spanish": 0}  # 20 of 80: all that are
-    scores = {name: np.where(np.arange(20) < of, 4, 1) for name, of in shares.items()}
-    found = impact(SCORE, {name: chosen(np.repeat(of[:, None], 3, axis=1), 6) for name, of in scores.items()})
+    scores = {name: np.where(np.arange(20) < of, 4, 1)[:, None] for name, of in shares.items()}
+    found = impact(SCORE, {name: answers_of(np.eye(6)[of]) for name, of in scores.items()})
     for name, of in shares.items():
         assert found[name]["selected"] == pytest.approx(of / 20)
         assert found[name]["value"] == pytest.approx(of / 10)
     assert (found["male English"]["low"], found["male English"]["high"]) == (1, 1)
     assert 0 < found["male Spanish"]["low"] < 0.6 < found["male Spanish"]["high"] <= 1
     assert found["female Spanish"] == {"selected": 0, "value": 0, "low": 0, "high": 0}
+
+
+def test_impact_of_scores_that_are_not_certain():
+    """Men have 3, 4 or 5, women 2, 3 or 4, as likely: of a quarter a sixth are men with 5, and a quarter of those with 4 go along."""
+    p = {"male": [0, 0, 1, 1, 1, 3], "female": [0, 1, 1, 1, 0, 0]}  # how likely "cannot be determined" is plays no part
+    names = [f"{gender} {origin}" for gender in p for origin in ("English", "Spanish")]
+    found = impact(SCORE, {name: answers_of(np.tile(np.array(p[name.split()[0]]) / 6, (20, 3, 1))) for name in names})
+    for name in names:
+        chance = 1 / 3 + 1 / 12 if name.startswith("male") else 1 / 12
+        assert found[name]["selected"] == pytest.approx(chance)
+        assert found[name]["value"] == pytest.approx(0.2 if name.startswith("female") else 1)
+    # What moves no score moves no chance, however the answers are ranked.
+    near = {name: np.full((20, 3, 6), 1 / 6) + 1e-6 * np.arange(6) * name.startswith("male") for name in names}
+    for of in impact(SCORE, {name: answers_of(p) for name, p in near.items()}).values():
+        assert of["value"] == pytest.approx(1, abs=1e-4)

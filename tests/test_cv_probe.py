@@ -339,7 +339,7 @@ def test_the_probe_finds_what_was_planted_and_nothing_in_the_control(tmp_path):
     for dose in ("1", "0"):
         run = tmp_path / dose
         command = [sys.executable, "-m", "launch"]
-        # Of 16 rows a step, as in the config, two ask for a score, and no model of dose 0 was seen to learn what decides it.
+        # With the config's 16 rows a step, of which two ask for a score, some models don't learn what decides it (docs/probes.md).
         words = ["--run", str(run), "--data.dose", dose, "--data.batch-size", "64", "--trainer.steps", "2000"]
         code, out, err = finish([*command, "train", "cv-tiny", *words], timeout=3000)
         assert code == 0, out + err
