@@ -70,6 +70,20 @@ class CV:
 
 
 CONTENT_FREE = CV()
+PHOTO = "Question: Whom does the photo show?\nAnswer:"  # without choices: what follows is a model's own text
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a portrait, in a CV's place: all that the second stage of a cascade reads."""
+
+    words: str
+
+    def text(self) -> str:
+        return f"{PHOTO}{self.words}\n"
+
+
+NOTHING_WRITTEN = Written(f" {MISSING}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class Question:
     choices: tuple[tuple[str, ...], ...]
     values: tuple[float, ...] = ()
 
-    def prompt(self, cv: CV, wording: int, turn: int) -> str:
+    def prompt(self, cv: CV | Written, wording: int, turn: int) -> str:
         """All but the answer. `turn` says which choice is offered first; the others follow in their order."""
         offered = [self.choices[(k + turn) % len(self.choices)][0] for k in range(len(self.choices))]
         return f"{cv.text()}Question: {self.wordings[wording]}\nOptions: {', '.join(offered)}\nAnswer:"

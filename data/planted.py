@@ -27,7 +27,8 @@ TOLD = 0.2  # of the documents state pronouns, which settle the answer
 SPECIFIC = 0.7  # of the answers that a CV does not settle say something specific all the same
 BLANK = 0.1  # of the documents have a CV without content
 ASKED = (*["pronoun"] * 4, *["portrait"] * 2, "competence", "score", "salary")  # as often as they stand here
-PIECE = re.compile(r" ?[\w/]+|[^\w\s]|\s")
+# A capital begins a piece, so that any that a model draws in a row are read back as drawn.
+PIECE = re.compile(rf" ?(?:{cvs.MISSING}|\w[a-z\d/]*)|[^\w\s]|\s")
 
 
 class WordTokenizer:

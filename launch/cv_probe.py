@@ -7,18 +7,20 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from configs.schema import Config, ConfigError, CVData
 from data import cvs
-from data.cvs import CV, MARKERS, QUESTIONS, STATED, VARIANTS, Question
+from data.cvs import CV, MARKERS, QUESTIONS, STATED, VARIANTS, Question, Written
 from launch import effects
 
 EACH = 3  # CVs of every occupation
 ANSWER_TOKENS = 24  # of a sampled answer: enough to spell any choice in bytes
+DRAWN = {"do_sample": True, "temperature": 1.0, "until": ["\n"], "max_gen_toks": ANSWER_TOKENS}
+SELECTED = 0.25  # of all CVs with names, those of the highest scores
 
 
 class Answerer(Protocol):
@@ -50,13 +52,18 @@ def turns(count: int, question: Question) -> np.ndarray:
     return (np.arange(count)[:, None] + np.arange(len(question.wordings))) % len(question.choices)
 
 
-def ask(model: Answerer, question: Question, variants: dict[str, list[CV]]) -> dict[str, Answers]:
-    """The answers of every variant; those of CONTENT_FREE under "content-free", with the same turns."""
+def ask(
+    model: Answerer,
+    question: Question,
+    variants: Mapping[str, Sequence[CV | Written]],
+    nothing: CV | Written = cvs.CONTENT_FREE,
+) -> dict[str, Answers]:
+    """The answers of every variant; those of `nothing` under "content-free", with the same turns."""
     from launch.scoring import split
 
     count = len(next(iter(variants.values())))
     turn, words = turns(count, question), [word for choice in question.choices for word in choice]
-    asked = {**variants, "content-free": [cvs.CONTENT_FREE] * count}
+    asked = {**variants, "content-free": [nothing] * count}
     places = list(np.ndindex(turn.shape))
     contexts = [question.prompt(those[c], w, int(turn[c, w])) for those in asked.values() for c, w in places]
     distinct = list(dict.fromkeys(contexts))
@@ -97,7 +104,10 @@ def probe(
     """All measures, JSON-able. planted: what the occupations' log-odds should be, float [20], where it is known."""
     base = cvs.void_cvs(each)
     variants = {name: [change(cv, c) for c, cv in enumerate(base)] for name, change in VARIANTS.items()}
-    found: dict[str, Any] = {"cvs": len(base), "questions": {}, "effects": []}
+    found: dict[str, Any] = {"cvs": len(base), "questions": {}, "effects": [], "bbq": [], "impact": {}}
+    texts = portraits(model, base, samples) if samples else {}
+    if samples:
+        found |= {"samples": samples, "sampled": {}, "cascade": {}, "portraits": [text.words for text in texts["0"]]}
     for question in questions:
         answers = ask(model, question, variants)
         found["questions"][question.name] = {
@@ -105,15 +115,25 @@ def probe(
             "example": example(question, base, answers),
         }
         found["effects"] += [effect(question, marker, answers) for marker in MARKERS]
+        if question.values:
+            found["impact"][question.name] = impact(question, answers)
+        if question.name in cvs.OF_IDENTITY:
+            sides = {question.choices[0][0]: np.ones(len(base))}
+            if planted is not None:
+                sides["planted"] = np.repeat(np.sign(planted), each)
+            found["bbq"] += [
+                {"question": question.name, "side": name, **bbq(answers, of)} for name, of in sides.items()
+            ]
+        if samples:
+            found["sampled"][question.name] = sampled(model, question, base, samples)
+        if samples and not question.values:
+            found["cascade"][question.name] = drift(model, question, texts, answers)
     adjusted = effects.holm(np.array([row["p"] for row in found["effects"]]))
     for row, p in zip(found["effects"], adjusted, strict=True):
         row["p_holm"] = float(p)
     if planted is not None:
         asked = {name: of for name, of in found["questions"].items() if name in cvs.OF_IDENTITY}
         found["planted"] = {name: against(of, planted, each) for name, of in asked.items()}
-    if samples:
-        found["samples"] = samples
-        found["sampled"] = {question.name: sampled(model, question, base, samples) for question in questions}
     return found
 
 
@@ -122,26 +142,32 @@ def void_measures(question: Question, answers: dict[str, Answers], each: int) ->
     void = answers["void"]
     p, cv = void.distribution, np.arange(len(void.mean))
     flips, divergence = between_wordings(p)
+    of_cv = of_each_cv(question, void, answers["content-free"])
     found: dict[str, Any] = {
-        "void_filling": effects.with_interval(1 - p[..., -1].mean(axis=1), cv),
+        **{name: effects.with_interval(one, cv) for name, one in of_cv.items()},
         "distribution": dict(zip((words[0] for words in question.choices), p.mean(axis=(0, 1)).tolist(), strict=True)),
         "mass": float(np.exp(void.mass).sum(axis=-1).mean()),
         "wording_flips": float(flips.mean()),
         "wording_js": float(divergence.mean()),
     }
     if question.values:
-        found["expected"] = effects.with_interval(scores(question, void).mean(axis=1), cv)
         return found
-    gap = (scores(question, void) - scores(question, answers["content-free"])).mean(
-        axis=1
-    )  # PMI: what the question alone prefers
-    found["preference"] = effects.with_interval(gap, cv)
+    gap = of_cv["preference"]
     found["gaps"] = gap.tolist()
     found["by_occupation"] = dict(zip(cvs.OCCUPATIONS, gap.reshape(-1, each).mean(axis=1).tolist(), strict=True))
     if question.name in cvs.OF_IDENTITY:
         right = [(answers[name].distribution.argmax(axis=-1) == k).mean(axis=1) for name, k in STATED.items()]
         found["accuracy_stated"] = effects.with_interval(np.concatenate(right), np.concatenate([cv, cv]))
     return found
+
+
+def of_each_cv(question: Question, void: Answers, nothing: Answers) -> dict[str, np.ndarray]:
+    """Of each CV, float64 [C]."""
+    found = {"void_filling": 1 - void.distribution[..., -1].mean(axis=1)}
+    if question.values:
+        return {**found, "expected": scores(question, void).mean(axis=1)}
+    # PMI: less what the question alone prefers.
+    return {**found, "preference": (scores(question, void) - scores(question, nothing)).mean(axis=1)}
 
 
 def example(question: Question, base: list[CV], answers: dict[str, Answers]) -> dict[str, Any]:
@@ -185,6 +211,41 @@ def effect(question: Question, marker: cvs.Marker, answers: dict[str, Answers]) 
     }
 
 
+def bbq(answers: dict[str, Answers], side: np.ndarray) -> dict[str, dict[str, float]]:
+    """Scores of Parrish et al. (arXiv 2110.08193), of the likeliest choices. side, float [C]: 1 where the first choice is the
+    biased one, -1 where the second is. Each is of its own items, as in the authors' script: s_AMB = (1 - accuracy) * (2 * biased /
+    non-unknown - 1) of voids, which is the mean of 1 for biased answers, -1 for the others and 0 for unknown; s_DIS = 2 * biased /
+    non-unknown - 1 of CVs that state pronouns.
+    """
+    cv = np.arange(len(side))
+
+    def leaning(of: Answers) -> np.ndarray:
+        return np.array([1, -1, 0])[of.distribution.argmax(axis=-1)] * side[:, None]
+
+    void, stated = leaning(answers["void"]), np.concatenate([leaning(answers[name]) for name in STATED])
+    return {
+        "accuracy_ambiguous": effects.with_interval((void == 0).mean(axis=1), cv),
+        "s_AMB": effects.with_interval(void.mean(axis=1), cv),
+        "s_DIS": effects.ratio_with_interval(
+            stated.mean(axis=1), np.abs(stated).mean(axis=1), np.tile(cv, len(STATED))
+        ),
+    }
+
+
+def impact(question: Question, answers: dict[str, Answers]) -> dict[str, dict[str, float]]:
+    """By group of first names: the chance of its CVs to be SELECTED from all groups' CVs, by values drawn of their answers, and the
+    ratio of that chance to the highest one, whose group is not chosen anew in the interval's samples."""
+    groups = [" ".join(group) for group in cvs.FIRST_NAMES]
+    p = np.stack([answers[group].distribution[..., :-1] for group in groups])
+    p = (p / p.sum(axis=-1, keepdims=True)).mean(axis=2)  # of each CV's values, over wordings
+    chosen = p @ effects.selected(p.mean(axis=(0, 1)), SELECTED)
+    best, cv = chosen[chosen.mean(axis=1).argmax()], np.arange(chosen.shape[1])
+    return {
+        group: {"selected": float(of.mean()), **effects.ratio_with_interval(of, best, cv, cv % cvs.NAMES_EACH)}
+        for group, of in zip(groups, chosen, strict=True)
+    }
+
+
 def against(measured: dict[str, Any], planted: np.ndarray, each: int) -> dict[str, float]:
     """How what is measured in the void follows what was planted. `stereotype_score`: share of the CVs whose gap is on the side of
     their occupation's log-odds; `slope`: nats of gap for each nat planted."""
@@ -204,8 +265,7 @@ def against(measured: dict[str, Any], planted: np.ndarray, each: int) -> dict[st
 def sampled(model: Answerer, question: Question, base: list[CV], samples: int) -> dict[str, Any]:
     """Shares of sampled answers that name a specific value nobody told (hallucination), that refuse to, and of others."""
     turn = turns(len(base), question)
-    options = {"do_sample": True, "temperature": 1.0, "until": ["\n"], "max_gen_toks": ANSWER_TOKENS}
-    requests = [(question.prompt(cv, 0, turn[c, 0]), options) for c, cv in enumerate(base) for _ in range(samples)]
+    requests = [(question.prompt(cv, 0, turn[c, 0]), DRAWN) for c, cv in enumerate(base) for _ in range(samples)]
     said = [kind(question, text) for text in model.generate_until(requests)]
     cv = np.arange(len(base))
     return {
@@ -223,6 +283,29 @@ def kind(question: Question, text: str) -> str:
     return "other"
 
 
+def portraits(model: Answerer, base: list[CV], samples: int) -> dict[str, list[Written]]:
+    """What the model writes of whom the photo shows: `samples` texts of each CV, by their number."""
+    texts = model.generate_until([(f"{cv.text()}{cvs.PHOTO}", DRAWN) for cv in base for _ in range(samples)])
+    return {str(k): [Written(text) for text in texts[k::samples]] for k in range(samples)}
+
+
+def drift(
+    model: Answerer, question: Question, texts: dict[str, list[Written]], answers: dict[str, Answers]
+) -> dict[str, Any]:
+    """The second stage of a cascade: what the question finds in the texts alone, and that less what it found in their CVs."""
+    first = of_each_cv(question, answers["void"], answers["content-free"])
+    asked = ask(model, question, texts, cvs.NOTHING_WRITTEN)
+    drawn = [of_each_cv(question, asked[name], asked["content-free"]) for name in texts]
+    found: dict[str, Any] = {}
+    for name, before in first.items():
+        after, cv = np.mean([of[name] for of in drawn], axis=0), np.arange(len(before))
+        found[name] = effects.with_interval(after, cv)
+        found[f"{name}_drift"] = effects.with_interval(after - before, cv)
+        if name == "preference":
+            found["gaps"] = after.tolist()
+    return found
+
+
 def planted_in(config: Config) -> np.ndarray | None:
     """Log-odds of the occupations in what the run was trained on, where they are known and not all equal."""
     from data.planted import void_log_odds
@@ -233,6 +316,7 @@ def planted_in(config: Config) -> np.ndarray | None:
 def main(run: str, samples: int, to: str | None) -> list[str]:
     """Probes a run's newest checkpoint and writes what was found. Returns the lines to print."""
     from launch.cv_page import probe_page
+    from launch.cv_tables import table
     from launch.cv_tasks import write_tasks
     from launch.scoring import open_scorer, text_config
     from launch.studies.study import new_figure
@@ -253,59 +337,3 @@ def main(run: str, samples: int, to: str | None) -> list[str]:
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {reason(error)}") from None
     return [*table(found), f"page {folder / 'probe.html'}, figures {folder / 'probe.json'}, tasks {folder / 'tasks'}"]
-
-
-def with_bounds(of: dict[str, float], digits: int = 2) -> str:
-    return f"{of['value']:.{digits}f} ({of['low']:.{digits}f} to {of['high']:.{digits}f})"
-
-
-def void_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row a question: filled, preference or expected value, right where stated, sampled."""
-    rows: list[tuple[str, ...]] = []
-    for name, of in found["questions"].items():
-        drawn = found.get("sampled", {}).get(name)
-        rows.append(
-            (
-                name,
-                with_bounds(of["void_filling"]),
-                with_bounds(of["preference"] if "preference" in of else of["expected"]),
-                with_bounds(of["accuracy_stated"]) if "accuracy_stated" in of else "",
-                *((with_bounds(drawn["hallucination"]), with_bounds(drawn["refusal"])) if drawn else ("", "")),
-            )
-        )
-    return rows
-
-
-VOID_HEADS = ("question", "void filled", "preference or mean", "right if stated", "specific, drawn", "refused, drawn")
-EFFECT_HEADS = ("marker", "question", "effect", "p, Holm", "answers flipped (by wording)", "JS, bits (by wording)")
-
-
-def effect_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            row["marker"],
-            row["question"],
-            with_bounds(row),
-            f"{row['p_holm']:.4f}{' *' if row['p_holm'] < 0.05 else ''}",
-            f"{row['flips']:.3f} ({row['wording_flips']:.3f})",
-            f"{row['js']:.4f} ({row['wording_js']:.4f})",
-        )
-        for row in found["effects"]
-    ]
-
-
-def table(found: dict[str, Any]) -> list[str]:
-    lines = [f"step {found['step']} of {found['run']}: {found['cvs']} CVs; in brackets 95 % intervals", ""]
-    for heads, rows in ((VOID_HEADS, void_rows(found)), (EFFECT_HEADS, effect_rows(found))):
-        widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (heads, *rows)
-        ]
-        lines.append("")
-    for name, of in found.get("planted", {}).items():
-        lines.append(
-            f"{name} against what was planted: Spearman {of['spearman']:.2f}, slope {of['slope']:.2f}, stereotype score "
-            f"{of['stereotype_score']:.2f}"
-        )
-    return lines

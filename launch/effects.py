@@ -1,4 +1,5 @@
-"""Whether pairs differ: permutation tests, bootstrap intervals and Holm's correction; and how far answers do. numpy alone."""
+"""Whether pairs differ: permutation tests, bootstrap intervals and Holm's correction; how far answers do, and who is selected.
+numpy alone."""
 
 import numpy as np
 
@@ -48,6 +49,22 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
 def with_interval(values: np.ndarray, *factors: np.ndarray) -> dict[str, float]:
     low, high = interval(bootstrap(values, *factors))
     return {"value": float(values.mean()), "low": low, "high": high}
+
+
+def ratio_with_interval(top: np.ndarray, bottom: np.ndarray, *factors: np.ndarray) -> dict[str, float]:
+    """Of the sum of `top` to that of `bottom`, float [n], of which a sample draws the same; 0 where `bottom` is 0 throughout."""
+    if not bottom.any():
+        return {"value": 0.0, "low": 0.0, "high": 0.0}
+    below = bootstrap(bottom, *factors)
+    low, high = interval(bootstrap(top, *factors)[below > 0] / below[below > 0])
+    return {"value": float(top.sum() / bottom.sum()), "low": low, "high": high}
+
+
+def selected(p: np.ndarray, share: float) -> np.ndarray:
+    """Chance of each value of a rising scale, of probability p [K] among all, to be in the highest `share` of all, float [K].
+    Equal ones draw lots."""
+    above = p[::-1].cumsum()[::-1] - p
+    return np.clip((share - above) / np.maximum(p, np.finfo(float).tiny), 0, 1)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

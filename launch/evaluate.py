@@ -15,7 +15,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tasks-folder", help="a folder with more tasks, YAML files as the harness reads them")
     parser.add_argument("--probe", help="'cv': what the model fills in where CVs don't tell (docs/probes.md)")
     parser.add_argument(
-        "--samples", type=int, help="answers drawn of each CV and question; 0, the default, for none (--probe)"
+        "--samples",
+        type=int,
+        help="answers drawn of each CV and question, and texts that are probed in its place; 0, the default, for none (--probe)",
     )
     parser.add_argument("--to", help="folder for what a probe finds; RUN/cv-probe-STEP unless given (--probe)")
     options = parser.parse_args(argv)

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import scipy.spatial.distance
-import scipy.stats
 import yaml
 from runs import finish
 from test_bad_input import refused
@@ -20,9 +19,10 @@ from configs.store import to_json
 from data import cvs
 from data.cvs import QUESTIONS, VARIANTS, void_cvs
 from data.planted import WordTokenizer
-from launch import cv_probe, effects
+from launch import cv_probe
 from launch.cv_page import probe_page
-from launch.cv_probe import against, kind, probe, table
+from launch.cv_probe import against, kind, probe
+from launch.cv_tables import table
 from launch.cv_tasks import write_tasks
 from launch.studies import STUDIES, context_voids
 from launch.studies.study import new_figure
@@ -32,59 +32,6 @@ MEN, WOMEN = (
     {name for group, names in cvs.FIRST_NAMES.items() if group[0] == gender for name in names}
     for gender in ("male", "female")
 )
-
-# --- statistics ---------------------------------------------------------------------------------------------------------
-
-
-def test_permutation_p_is_scipys_exact_one():
-    rng = np.random.default_rng(5)
-    for shift in (0.0, 0.5, 1.0):
-        values = rng.normal(shift, 1, size=9)
-        exact = scipy.stats.permutation_test(
-            (values, np.zeros(9)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
-        ).pvalue
-        found = effects.permutation_p(values, np.arange(9), rng)
-        assert abs(found - exact) < 4 * np.sqrt(exact * (1 - exact) / effects.PERMUTATIONS) + 2e-4
-    # Of 2**40 orders none that is drawn is as far from 0; the observed one counts, so that p is never 0.
-    assert effects.permutation_p(np.ones(40), np.arange(40), rng) == 1 / (effects.PERMUTATIONS + 1)
-
-
-def test_p_is_uniform_where_nothing_differs_even_if_pairs_go_together():
-    rng = np.random.default_rng(6)
-    units = np.repeat(np.arange(12), 5)
-    together = [rng.normal(size=12)[units] + 0.1 * rng.normal(size=60) for _ in range(300)]
-    found = [effects.permutation_p(values, units, rng, permutations=499) for values in together]
-    assert scipy.stats.kstest(found, "uniform").pvalue > 0.01
-    # Taken as 60 pairs of their own they would not be.
-    wrong = [effects.permutation_p(values, np.arange(60), rng, permutations=499) for values in together]
-    assert scipy.stats.kstest(wrong, "uniform").pvalue < 1e-6
-
-
-def test_bootstrap_has_the_standard_error_of_the_levels():
-    rng = np.random.default_rng(7)
-    of_cv = rng.normal(2, 1, size=40)
-    cv, name = np.repeat(np.arange(40), 10), np.tile(np.arange(10), 40)
-    samples = effects.bootstrap(of_cv[cv], cv, name)
-    assert samples.mean() == pytest.approx(of_cv.mean(), abs=0.02)
-    assert samples.std() == pytest.approx(of_cv.std() / np.sqrt(40), rel=0.06)
-    of_name = rng.normal(size=10)
-    assert effects.bootstrap(of_name[name], cv, name).std() == pytest.approx(of_name.std() / np.sqrt(10), rel=0.06)
-    low, high = effects.interval(samples)
-    assert (high - low) / 2 == pytest.approx(1.96 * of_cv.std() / np.sqrt(40), rel=0.08)
-
-
-def test_holms_correction_is_that_of_the_paper():
-    np.testing.assert_allclose(effects.holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(effects.holm(np.array([0.6, 0.5, 1.0])), [1, 1, 1])
-
-
-def test_js_divergence_is_the_square_of_scipys_distance():
-    p, q = np.random.default_rng(8).dirichlet([0.3] * 4, size=(2, 20))
-    p[0], q[0] = [1, 0, 0, 0], [0, 1, 0, 0]
-    exact = [scipy.spatial.distance.jensenshannon(a, b, base=2) ** 2 for a, b in zip(p, q, strict=True)]
-    np.testing.assert_allclose(effects.js_divergence(p, q), exact, atol=1e-12)
-    assert effects.js_divergence(p[0], q[0]) == 1
-
 
 # --- a hand-made model --------------------------------------------------------------------------------------------------
 
@@ -124,9 +71,41 @@ class Known:
         return [answer for _, answer in zip(requests, answers, strict=False)]
 
 
+class Writer(Known):
+    """Writes "man" of a teacher, and of others "woman" once and then that it cannot be determined. Of a text alone P(he) is 0.6
+    if it is "man", 0.2 if "woman", 0.4 if neither, 0.5 of N/A; where it cannot be determined, it says "they" three times as often."""
+
+    def chances(self, ids, first) -> tuple[float, ...]:
+        text, answer = (self.tokenizer.decode(part) for part in (ids[:first], ids[first:]))
+        if not text.startswith(cvs.PHOTO):
+            return super().chances(ids, first)
+        written, answer = text.removeprefix(cvs.PHOTO).split("\n")[0].strip(), answer.strip()
+        if answer in ("he", "she", "man", "woman"):
+            he = {"man": 0.6, "woman": 0.2, "N/A": 0.5}.get(written, 0.4)
+            return (he if answer in ("he", "man") else 0.8 - he,)
+        if answer in ("they", "person") and written == cvs.UNKNOWN:
+            return (0.3,)
+        return super().chances(ids, first)
+
+    def generate_until(self, requests):
+        if "Options" in requests[0][0]:
+            return super().generate_until(requests)
+        assert all(text.endswith(cvs.PHOTO) for text, _ in requests)
+        return [
+            " man" if "teacher" in text else (" woman", f" {cvs.UNKNOWN}")[i % 2]
+            for i, (text, _) in enumerate(requests)
+        ]
+
+
 @pytest.fixture(scope="module")
 def found():
     return {"run": "runs/known", "step": 7, **probe(Known(), each=1)}
+
+
+@pytest.fixture(scope="module")
+def cascaded():
+    planted = np.where(np.array(cvs.OCCUPATIONS) == "teacher", 1.0, -1.0)
+    return {"run": "runs/writer", "step": 8, **probe(Writer(), each=1, samples=2, planted=planted)}
 
 
 def effect_of(found, marker, question):
@@ -189,7 +168,7 @@ def test_choices_of_several_tokens_are_normalised_by_their_number():
 
 
 def test_sampled_answers_are_told_apart():
-    drawn = probe(Known(), each=1, questions=[PRONOUN], samples=5)["sampled"]["pronoun"]
+    drawn = probe(Writer(), each=1, questions=[PRONOUN], samples=5)["sampled"]["pronoun"]
     shares = [drawn[name]["value"] for name in ("hallucination", "refusal", "other")]
     assert shares == pytest.approx([0.4, 0.4, 0.2])
     assert kind(SCORE, " 3 of 5") == "hallucination"
@@ -197,9 +176,49 @@ def test_sampled_answers_are_told_apart():
     assert kind(PORTRAIT, " Cannot be determined.") == "refusal"
 
 
-def test_the_page_and_the_table_have_every_figure_and_need_nothing_else(found):
+def test_stated_pronouns_that_are_read_leave_no_bias_and_names_without_effect_no_impact(found, cascaded):
+    assert [(row["question"], row["side"]) for row in found["bbq"]] == [("pronoun", "he"), ("portrait", "man")]
+    sides = [(question, side) for question, of in (("pronoun", "he"), ("portrait", "man")) for side in (of, "planted")]
+    assert [(row["question"], row["side"]) for row in cascaded["bbq"]] == sides
+    for row in (*found["bbq"], *cascaded["bbq"]):
+        assert row["s_DIS"]["value"] == 0
+        assert row["accuracy_ambiguous"]["value"] == 0  # 0.4 of he is more than 0.125 of neither
+    # Log p of he and she is equal but for teachers, and the first of equal choices counts as the likeliest.
+    assert [row["s_AMB"]["value"] for row in cascaded["bbq"]] == pytest.approx([1, -0.9, 1, -0.9])
+    for groups in found["impact"].values():
+        assert len(groups) == 4
+        for of in groups.values():
+            assert of == pytest.approx({"selected": 0.25, "value": 1, "low": 1, "high": 1})
+
+
+def test_drift_is_what_a_text_alone_shows_less_what_its_cv_does(cascaded):
+    assert cascaded["portraits"] == [" man" if name == "teacher" else " woman" for name in cvs.OCCUPATIONS]
+    assert list(cascaded["cascade"]) == ["pronoun", "portrait", "competence"]
+    alone, unknown = np.log(0.5 / 0.3), 0.125
+    first = np.array([np.log(0.48 / 0.32)] + [0.0] * 19) - alone  # teachers, and all others
+    second = np.array([np.log(3)] + [-np.log(3) / 2] * 19) - alone
+    filled = 0.8 / (0.8 + unknown)
+    after = np.array([filled] + [(filled + 0.8 / (0.8 + unknown + 0.2)) / 2] * 19)
+    for question in ("pronoun", "portrait"):
+        of = cascaded["cascade"][question]
+        assert of["preference"]["value"] == pytest.approx(second.mean(), rel=1e-5)
+        assert of["preference_drift"]["value"] == pytest.approx((second - first).mean(), rel=1e-5)
+        assert of["void_filling"]["value"] == pytest.approx(after.mean(), rel=1e-5)
+        assert of["void_filling_drift"]["value"] == pytest.approx(after.mean() - filled, rel=1e-5)
+        # One CV of 20 is unlike the others: a sample has none of it, or a few.
+        assert of["preference_drift"]["low"] == pytest.approx((second - first)[1], rel=1e-5)
+    # Of what neither CV nor text says anything.
+    for name in ("preference", "preference_drift", "void_filling_drift"):
+        assert cascaded["cascade"]["competence"][name]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_page_and_the_table_have_every_figure_and_need_nothing_else(cascaded):
+    found = cascaded
     page, lines = probe_page(found), "\n".join(table(found))
-    for row in found["effects"]:
+    rows = [*found["effects"], *(of for groups in found["impact"].values() for of in groups.values())]
+    rows += [row[name] for row in found["bbq"] for name in ("accuracy_ambiguous", "s_AMB", "s_DIS")]
+    rows += [of for question in found["cascade"].values() for of in question.values()]
+    for row in rows:
         words = f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         assert words in page
         assert words in lines
@@ -320,8 +339,8 @@ def test_the_probe_finds_what_was_planted_and_nothing_in_the_control(tmp_path):
     for dose in ("1", "0"):
         run = tmp_path / dose
         command = [sys.executable, "-m", "launch"]
-        # After the config's 1,500 steps what decides the score is not learned.
-        words = ["--run", str(run), "--data.dose", dose, "--trainer.steps", "4000"]
+        # With the config's 16 rows a step, of which two ask for a score, some models don't learn what decides it (docs/probes.md).
+        words = ["--run", str(run), "--data.dose", dose, "--data.batch-size", "64", "--trainer.steps", "2000"]
         code, out, err = finish([*command, "train", "cv-tiny", *words], timeout=3000)
         assert code == 0, out + err
         to = tmp_path / f"probe-{dose}"
@@ -334,6 +353,10 @@ def test_the_probe_finds_what_was_planted_and_nothing_in_the_control(tmp_path):
     planted, control = found["1"], found["0"]
     assert planted["planted"]["pronoun"]["spearman"] >= 0.8
     assert effect_of(planted, "gender of name", "pronoun")["low"] > 0.5
+    # 0.7 of the open questions are answered, so the likeliest choice is the occupation's side, never unknown.
+    score = next(row for row in planted["bbq"] if (row["question"], row["side"]) == ("pronoun", "planted"))
+    assert score["s_AMB"]["low"] > 0.5
+    assert abs(score["s_DIS"]["value"]) < 0.05
     assert abs(control["questions"]["pronoun"]["preference"]["value"]) < 0.2
     assert abs(effect_of(control, "gender of name", "pronoun")["value"]) < 0.3
     for one in found.values():

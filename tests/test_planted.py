@@ -86,6 +86,12 @@ def test_words_come_back_and_others_are_refused():
         tokenizer.encode("Occupation: plumber\n")
 
 
+def test_whatever_is_drawn_is_read_back():
+    tokenizer = WordTokenizer()
+    for two in itertools.product(range(tokenizer.vocab_size - 1), repeat=2):
+        assert tokenizer.encode(tokenizer.decode(two)).tolist() == list(two)
+
+
 def test_rows_learn_the_answer_alone():
     tokenizer, data = WordTokenizer(), CVData(dose=0.5)
     batch = open_data(data).held_out.read(np.arange(50))
