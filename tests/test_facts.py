@@ -90,25 +90,26 @@ def test_gains_are_those_of_the_same_seed():
     assert facts_sampling.mean_and_error([-10, -30]) == pytest.approx((-20, 10))
 
 
-def in_turn(learned: tuple[int, ...], forgets: int | None) -> dict:
-    """An arm of four groups that each know nothing for some steps of their turn, then everything, and after it 0.4 of that from
-    `forgets` steps on."""
+def in_turn(learned: tuple[int, ...], forgets: int | None, right: tuple[float, ...] = (0.9,) * 4) -> dict:
+    """An arm of four groups that each know nothing for some steps of their turn, then what is `right`, and 0.4 of that from
+    `forgets` steps after it on."""
     steps = np.arange(10, 1001, 10)
     found = {"step": steps.tolist()}
     for group, start in enumerate((0, 250, 500, 750)):
-        right = np.where(steps >= start + learned[group], 0.9, 0.05)
+        known = np.where(steps >= start + learned[group], right[group], 0.05)
         if forgets:
-            right = np.where(steps >= start + 250 + forgets, 0.36, right)
-        found[f"group_{group + 1}_attribute_accuracy"] = right.tolist()
+            known = np.where(steps >= start + 250 + forgets, 0.4 * right[group], known)
+        found[f"group_{group + 1}_attribute_accuracy"] = known.tolist()
     return {"sampling": facts_sampling.SEQUENTIAL, "seed": 10, "known_at": None, "curves": found}
 
 
 def test_groups_are_timed_from_the_start_of_their_turn_and_from_its_end():
     arm = in_turn((150, 60, 40, 250), 30)
-    assert [facts_sampling.learned_in(arm, group) for group in (1, 2, 3, 4)] == [150, 60, 40, 250]
+    assert [facts_sampling.learned_in(arm, group, 0.45) for group in (1, 2, 3, 4)] == [150, 60, 40, 250]
+    assert [facts_sampling.learned(arm, group) for group in (1, 2, 3, 4)] == [0.9] * 4
     assert [facts_sampling.forgotten_in(arm, group) for group in (1, 2)] == [(30, 0.45), (30, 0.45)]
     assert facts_sampling.forgotten_sooner(arm) == pytest.approx((2 * 30 - 60 + 2 * 30 - 40) / 2)
-    assert facts_sampling.learned_in(in_turn((150, 260, 40, 40), 30), 2) == math.inf  # after its turn
+    assert facts_sampling.learned_in(in_turn((150, 260, 40, 40), 30), 2, 0.45) == math.inf  # after its turn
     assert facts_sampling.forgotten_in(in_turn((150, 60, 40, 40), None), 1)[0] == math.inf
     assert not facts_sampling.sure([-100, -100, -math.inf])
     assert not facts_sampling.sure([-1, 1, -1])
@@ -203,8 +204,9 @@ def figures(good: bool) -> dict:
         for seed in facts.SEEDS
     ]
     for seed in facts.SEEDS:
-        first = 100 + 10 * (seed % 2)
-        arms.append(in_turn((first, 60, 80, 80) if good else (first, 100, 80, 80), 20 if good else 50) | {"seed": seed})
+        first = 0.4 + 0.1 * (seed % 2)
+        arm = in_turn((100, 60, 80, 80), 20 if good else 40, (first, 0.7 if good else 0.45, 0.8, 0.8))
+        arms.append(arm | {"seed": seed})
     replays = [
         {
             "replay": weight,
@@ -239,9 +241,8 @@ def test_the_study_draws_and_tabulates_its_figures(tmp_path):
     table = "\n".join(STUDIES["facts"].table(found))
     assert "transformer: known at 1.00 people^0.80" in table
     assert "replay 0.125 old people right 100.0 %, at worst 70.0" in table
-    assert (
-        "group 2: half right after 60 60 60 60 60 steps of its turn, 90.0 % at its end, 36.0 % at last; half" in table
-    )
+    assert "group 2: 70.0 % (0.0) right at the end of its turn, 28.0 % at last; half of that learned in 60 60 60" in table
+    assert "60 60 60 60 60, lost in 20 20 20 20 20" in table
     assert "NO" not in table
     assert "NO" in "\n".join(STUDIES["facts"].table(figures(False)))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from launch.studies.study import Figures, Study
 
-# Frozen before the study ran, as are the criteria below. The seeds of the pilot were 0 to 4.
+# Frozen before the study ran, as are the criteria below. The seeds of the pilot were 0 and 1.
 SEEDS = (10, 11, 12, 13, 14)
 COUNTS = (128, 256, 512, 1024, 2048)  # of new pairs: 1/64 to 1/4 of the old ones, as many as the paper's new people
 REPLAYS = (1 / 32, 1 / 8, 1)  # the weight of an old pair, of the paper's 1/32 to 2
@@ -27,20 +27,25 @@ LEARNED = 0.9
 
 @dataclass(frozen=True)
 class Arm:
-    """The paper's numbers, but for what is given."""
+    """The paper's numbers, but for what is given. It doesn't say the betas: 0.999 is AdamW's own, as its decay of 0.01 is, 0.95
+    that of its language models."""
 
     old: int = 8192
     new: int = 128
     rate: float = 1e-3
     replay: float = 0.0
+    beta2: float = 0.999
 
 
-PAPER = Arm()
-ARMS = dict.fromkeys(
-    (
-        *(Arm(new=count) for count in COUNTS),
-        *(Arm(replay=weight) for weight in REPLAYS),
-        *(Arm(old=load, rate=rate) for load in LOADS for rate in RATES),
+PAPER, MANY = Arm(), Arm(new=COUNTS[-1])
+ARMS = tuple(
+    dict.fromkeys(
+        (
+            *(Arm(old=load, new=count) for load in LOADS for count in COUNTS),
+            *(Arm(new=count, rate=rate) for count in (PAPER.new, MANY.new) for rate in RATES),
+            *(Arm(replay=weight) for weight in REPLAYS),
+            *(Arm(new=count, beta2=0.95) for count in COUNTS),
+        )
     )
 )
 
@@ -49,11 +54,11 @@ def measure(folders: dict[str, pathlib.Path]) -> Figures:
     """Trains, too."""
     from launch.studies.key_value_memory import LOOKS, learned, started, tuned
 
+    data, blank = started(SEEDS)
     arms: list[dict[str, Any]] = []
-    for old in LOADS:
-        data, new = started(SEEDS)
-        memories = learned(SEEDS, data, new, old)
-        for arm in (arm for arm in ARMS if arm.old == old):
+    for old, beta2 in dict.fromkeys((arm.old, arm.beta2) for arm in ARMS):
+        memories = learned(SEEDS, data, blank, old, beta2)
+        for arm in (arm for arm in ARMS if (arm.old, arm.beta2) == (old, beta2)):
             curves = tuned(SEEDS, data, memories, asdict(arm))
             arms.append(asdict(arm) | {name: np.asarray(each).tolist() for name, each in curves.items()})
             print(f"  {arm}", flush=True)
@@ -89,14 +94,6 @@ def early_loss(figures: Figures, record: dict[str, Any]) -> np.ndarray:
     return old[:, 0] - old[:, np.array(figures["step"]) <= EARLY].min(axis=1)
 
 
-def price(record: dict[str, Any]) -> np.ndarray:
-    """What old pairs have lost when half of the new ones are right (S); no number where that never is."""
-    old, new = np.array(record["old_right"]), np.array(record["new_right"])
-    half = new >= 0.5
-    lost = np.take_along_axis(old[:, :1] - old, half.argmax(axis=1)[:, None], axis=1)[:, 0]
-    return np.where(half.any(axis=1), lost, np.nan)
-
-
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
@@ -120,11 +117,18 @@ def criteria(figures: Figures) -> list[dict[str, Any]]:
         rows.append({"criterion": what, "measured": measured, "met": bool(met)})
 
     paper = found(figures, PAPER)
-    order = collapse(figures, paper)
+    for arm, words in ((PAPER, ""), (MANY, " (the pilot's prediction)")):
+        order = collapse(figures, found(figures, arm))
+        expect(
+            f"{arm.new:,} new pairs: old ones lose {100 * POINTS:g} points before new ones gain as much, every seed{words}",
+            ", ".join("never" if one is None else f"step {one[0]}: {100 * one[1]:+.0f}" for one in order),
+            all(one is not None and one[1] < POINTS for one in order),
+        )
+    losses = early_loss(figures, paper)
     expect(
-        f"{PAPER.new} new pairs: old ones lose {100 * POINTS:g} points within {EARLY} steps, before new ones gain as much, every seed",
-        ", ".join("never" if one is None else f"step {one[0]}: {100 * one[1]:+.0f}" for one in order),
-        all(one is not None and one[0] <= EARLY and one[1] < POINTS for one in order),
+        f"{PAPER.new} new pairs: old ones lose {100 * POINTS:g} points within {EARLY} steps",
+        points(losses),
+        losses.mean() >= POINTS,
     )
     for fewer, more in itertools.pairwise(COUNTS):
         gap = at_last(found(figures, Arm(new=fewer)), "old_right") - at_last(found(figures, Arm(new=more)), "old_right")
@@ -151,33 +155,26 @@ def criteria(figures: Figures) -> list[dict[str, Any]]:
 
 
 def table(figures: Figures) -> list[str]:
-    heads = (
-        "old right, %",
-        f"lost by {EARLY}",
-        "at last",
-        "new at last",
-        "lost 20 points at: new gained",
-        "lost at half",
-    )
+    heads = ("old right, %", f"lost by {EARLY}", "at last", "new at last", "lost 20 at")
     lines = [
-        f"means (standard errors) of {len(figures['seeds'])} seeds, in points",
-        f"{'old':>6}{'new':>7}{'rate':>9}{'replay':>9}"
-        + "".join(f"{head:>{max(16, len(head) + 2)}}" for head in heads),
+        f"means (standard errors) of {len(figures['seeds'])} seeds, in points; at which step old ones had lost {100 * POINTS:g}: what "
+        f"new ones had gained",
+        f"{'old':>6}{'new':>7}{'rate':>8}{'replay':>8}{'beta2':>7}" + "".join(f"{head:>16}" for head in heads),
     ]
     for one in figures["arms"]:
         order = [each for each in collapse(figures, one) if each]
         step, gained = np.mean(order, axis=0) if order else (math.nan, math.nan)
+        some = f", {len(order)} seeds" if len(order) < len(figures["seeds"]) else ""
         cells = (
             points(np.array(one["old_right"])[:, 0]),
             points(early_loss(figures, one)),
             points(at_last(one, "old_right")),
             points(at_last(one, "new_right")),
-            f"{step:.0f}: {100 * gained:.1f}, {len(order)} seeds" if order else "never",
-            points(price(one)),
+            f"{step:.0f}: {100 * gained:.1f}{some}" if order else "never",
         )
         lines.append(
-            f"{one['old']:>6,}{one['new']:>7,}{one['rate']:>9g}{one['replay']:>9.3g}"
-            + "".join(f"{cell:>{max(16, len(head) + 2)}}" for head, cell in zip(heads, cells, strict=True))
+            f"{one['old']:>6,}{one['new']:>7,}{one['rate']:>8g}{one['replay']:>8.3g}{one['beta2']:>7g}"
+            + "".join(f"{cell:>16}" for cell in cells)
         )
     rows = [f"{'yes' if one['met'] else 'NO':<5}{one['criterion']}: {one['measured']}" for one in figures["criteria"]]
     return [*lines, "", *rows]
@@ -185,31 +182,33 @@ def table(figures: Figures) -> list[str]:
 
 def draw(figures: Figures, figure) -> None:
     figure.set_size_inches(8.5, 6.6)
-    (counts, replays), (paths, prices) = figure.subplots(2, 2)
+    (counts, replays), (loads, rates) = figure.subplots(2, 2)
     draw_curves(figures, counts, {f"{count:,} new": Arm(new=count) for count in COUNTS})
     draw_curves(figures, replays, {f"replay {arm.replay:g}": arm for arm in (PAPER, *(Arm(replay=w) for w in REPLAYS))})
     counts.set(title=f"{PAPER.old:,} old pairs, rate {PAPER.rate:g}: new pairs (dashed)")
     replays.set(title=f"{PAPER.new} new pairs (dashed): replay")
-    for place, rate in enumerate(RATES):
-        record = found(figures, Arm(rate=rate))
-        old, new = (np.mean(record[name], axis=0) for name in ("old_right", "new_right"))
-        paths.plot(new, old, color=shade(place, len(RATES)), marker="o", markersize=2, label=f"rate {rate:g}")
-    paths.set(
-        title=f"{PAPER.new} new pairs, from left to right", xlabel="share of new pairs right", ylabel="of old ones"
-    )
-    for place, load in enumerate(LOADS):
-        costs = np.array([100 * price(found(figures, Arm(old=load, rate=rate))) for rate in RATES])
-        style = {"color": shade(place, len(LOADS)), "marker": "o", "markersize": 3, "capsize": 2}
-        prices.errorbar(
-            RATES,
-            costs.mean(axis=1),
-            2 * costs.std(axis=1, ddof=1) / costs.shape[1] ** 0.5,
-            label=f"{load:,} old",
-            **style,
-        )
-    prices.set(title="old pairs lost when half of the new are right", xscale="log", xlabel="rate", ylabel="points")
-    for axes in (counts, replays, paths, prices):
+    lines = {f"{load:,} old": [Arm(old=load, new=count) for count in COUNTS] for load in LOADS}
+    draw_order(figures, loads, COUNTS, lines | {"8,192 old, β₂ 0.95": [Arm(new=count, beta2=0.95) for count in COUNTS]})
+    loads.set(xlabel="new pairs")
+    loads.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
+    both = (PAPER.new, MANY.new)
+    draw_order(figures, rates, RATES, {f"{new:,} new": [Arm(new=new, rate=rate) for rate in RATES] for new in both})
+    rates.set(xlabel="rate")
+    for axes in (counts, replays, loads, rates):
         axes.legend(frameon=False, fontsize=7)
+
+
+def draw_order(figures: Figures, axes, x: tuple[float, ...], lines: dict[str, list[Arm]]) -> None:
+    """What new pairs had gained when old ones had lost POINTS, of each seed that gets there, and the mean."""
+    for place, (label, arms) in enumerate(lines.items()):
+        gained = [[each[1] for each in collapse(figures, found(figures, arm)) if each] for arm in arms]
+        colour = shade(place, len(lines))
+        shown = [(at, one) for at, one in zip(x, gained, strict=True) if one]
+        axes.plot([at for at, _ in shown], [np.mean(one) for _, one in shown], color=colour, label=label)
+        axes.plot([at for at, one in shown for _ in one], [each for _, one in shown for each in one], ".", color=colour)
+    axes.axhline(POINTS, color="grey", linestyle=":")
+    axes.set(title="new pairs learned when 20 points of old are lost", xscale="log", ylabel="share", ylim=(-0.03, 1.03))
+    axes.minorticks_off()
 
 
 def draw_curves(figures: Figures, axes, arms: dict[str, Arm]) -> None:

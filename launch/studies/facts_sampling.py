@@ -11,7 +11,6 @@ PEOPLE, STEPS, SEEDS = 2048, 1000, (10, 11, 12, 13, 14)
 ARMS = ("uniform", "power:0.8", "warmup:512:128", "warmup:512:256", "celebrities:128:8", "celebrities:512:8")
 GROUPS, TURN = 4, 250  # and the steps that each has
 SEQUENTIAL = f"groups:{GROUPS}:{TURN}"
-HALF = 0.5  # of a group's values are right: it is learned
 TWICE = 2  # times as fast as it was learned, what a group knew is forgotten
 
 
@@ -41,7 +40,13 @@ def right_of(arm: dict, group: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(arm["curves"]["step"]), np.array(arm["curves"][f"group_{group}_attribute_accuracy"])
 
 
-def learned_in(arm: dict, group: int, level: float = HALF) -> float:
+def learned(arm: dict, group: int) -> float:
+    """Share right when a group's turn ends."""
+    steps, right = right_of(arm, group)
+    return float(right[steps == TURN * group][0])
+
+
+def learned_in(arm: dict, group: int, level: float) -> float:
     """Steps of its own turn after which a group's share right is at `level`; endless where the turn ends first."""
     steps, right = right_of(arm, group)
     there = (steps > TURN * (group - 1)) & (steps <= TURN * group) & (right >= level)
@@ -51,7 +56,7 @@ def learned_in(arm: dict, group: int, level: float = HALF) -> float:
 def forgotten_in(arm: dict, group: int) -> tuple[float, float]:
     """Steps after its turn until a group has half of what it then had, endless where it always has more; and that half."""
     steps, right = right_of(arm, group)
-    level = float(right[steps == TURN * group][0]) / 2
+    level = learned(arm, group) / 2
     there = (steps > TURN * group) & (right <= level)
     return float(steps[there][0] - TURN * group) if there.any() else math.inf, level
 
@@ -70,8 +75,10 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
         if differences := gains(figures["arms"], sampling):
             found.append((f"{sampling} ends the plateau sooner, by 2 standard errors of 5 seeds", sure(differences)))
     if arms := [arm for arm in figures["arms"] if arm["sampling"] == SEQUENTIAL]:
-        sooner = [learned_in(arm, 2) - learned_in(arm, 1) for arm in arms]
-        found.append(("the second group is learned in fewer steps than the first, by 2 standard errors", sure(sooner)))
+        less = [learned(arm, 1) - learned(arm, 2) for arm in arms]
+        found.append(
+            ("more of the second group is learned in its turn than of the first, by 2 standard errors", sure(less))
+        )
         forgotten = [forgotten_sooner(arm) for arm in arms]
         found.append(
             (f"groups forget over {TWICE} times as fast as they learned, by 2 standard errors", sure(forgotten))
@@ -98,14 +105,13 @@ def table(figures: Figures) -> list[str]:
             )
     arms = [arm for arm in figures["arms"] if arm["sampling"] == SEQUENTIAL]
     for group in range(1, GROUPS + 1) if arms else ():
-        steps = [right_of(arm, group) for arm in arms]
-        own, last = (np.mean([right[at == step][0] for at, right in steps]) for step in (TURN * group, STEPS))
-        words = (
-            f"group {group}: half right after {listed([learned_in(arm, group) for arm in arms])} steps of its turn, "
-        )
-        words += f"{100 * own:.1f} % at its end, {100 * last:.1f} % at last"
+        own, error = mean_and_error([learned(arm, group) for arm in arms])
+        last = np.mean([right_of(arm, group)[1][-1] for arm in arms])
+        words = f"group {group}: {100 * own:.1f} % ({100 * error:.1f}) right at the end of its turn, {100 * last:.1f} % at last"
         if group < GROUPS:
-            words += f"; half of that gone after {listed([forgotten_in(arm, group)[0] for arm in arms])} more"
+            lost = [forgotten_in(arm, group) for arm in arms]
+            had = [learned_in(arm, group, level) for arm, (_, level) in zip(arms, lost, strict=True)]
+            words += f"; half of that learned in {listed(had)} steps, lost in {listed([steps for steps, _ in lost])}"
         lines.append(words)
     return lines
 

@@ -20,9 +20,15 @@ from trainer.optimizers import make_optimizer, make_schedule
 KEY, HIDDEN, VALUES = 64, 256, 30
 OLD, NEW = 8192, 2048  # pairs at most
 BATCH, STEPS, TUNING_STEPS = 128, 16_000, 4000
-RULE = OptimizerConfig(learning_rate=0.03, warmup_steps=0, final_fraction=0.0, clip_norm=0.0, weight_decay=0.01)
 # Each a tenth later than the one before: the first steps are seen one by one.
 LOOKS = (*sorted({200, *(round(1.1**i) for i in range(87))}), TUNING_STEPS)
+
+
+def rule_of(beta2: float) -> OptimizerConfig:
+    """The paper's AdamW; it doesn't say the betas."""
+    return OptimizerConfig(
+        learning_rate=0.03, warmup_steps=0, final_fraction=0.0, clip_norm=0.0, weight_decay=0.01, beta2=beta2
+    )
 
 
 def pairs(seed: int) -> Split:
@@ -33,15 +39,14 @@ def pairs(seed: int) -> Split:
     return Split(keys.astype(np.float32), rng.integers(VALUES, size=OLD + NEW, dtype=np.int32))
 
 
-def learn(key: jax.Array, data: Split, params: Params, old: jax.Array, steps: int) -> Params:
+def learn(config: OptimizerConfig, steps: int, key: jax.Array, data: Split, params: Params, old: jax.Array) -> Params:
     """The memory after batches of the first `old` pairs."""
-    rule = make_optimizer(
-        RULE, make_schedule(RULE, steps), decays=lambda name: name.endswith("kernel"), clips=lambda name: True
-    )
+    schedule = make_schedule(config, steps)
+    rule = make_optimizer(config, schedule, decays=lambda name: name.endswith("kernel"), clips=lambda name: True)
 
     def step(number: jax.Array, now: tuple[Params, Any]) -> tuple[Params, Any]:
         rows = jax.random.randint(jax.random.fold_in(key, number), (BATCH,), 0, old)
-        return update(RULE, rule, now, Split(data.images[rows], data.labels[rows]))
+        return update(config, rule, now, Split(data.images[rows], data.labels[rows]))
 
     return jax.lax.fori_loop(0, steps, step, (params, rule.init(params)))[0]
 
@@ -72,15 +77,20 @@ def known(params: Params, data: Split, arm: dict[str, jax.Array]) -> dict[str, j
 
 
 def tune(
-    arm: dict[str, jax.Array], key: jax.Array, data: Split, params: Params, looks: tuple[int, ...]
+    config: OptimizerConfig,
+    looks: tuple[int, ...],
+    arm: dict[str, jax.Array],
+    key: jax.Array,
+    data: Split,
+    params: Params,
 ) -> dict[str, jax.Array]:
     """What is `known` before and at each of `looks` (E + 1) while a memory learns arm["new"] pairs at a constant arm["rate"], with
     a new optimizer."""
-    rule = make_rule(RULE, arm["rate"])
+    rule = make_rule(config, arm["rate"])
 
     def step(number: jax.Array, now: tuple[Params, Any]) -> tuple[Params, Any]:
         rows = drawn(arm, jax.random.fold_in(key, number))
-        return update(RULE, rule, now, Split(data.images[rows], data.labels[rows]))
+        return update(config, rule, now, Split(data.images[rows], data.labels[rows]))
 
     def look(now, between):
         now = jax.lax.fori_loop(*between, step, now)
@@ -101,28 +111,27 @@ def started(seeds: tuple[int, ...]) -> tuple[Split, Params]:
 
 
 @functools.cache
-def learner(steps: int):
-    return jax.jit(jax.vmap(functools.partial(learn, steps=steps), in_axes=(0, 0, 0, None)))
+def learner(beta2: float, steps: int):
+    return jax.jit(jax.vmap(functools.partial(learn, rule_of(beta2), steps), in_axes=(0, 0, 0, None)))
 
 
 @functools.cache
-def tuner(looks: tuple[int, ...]):
-    return jax.jit(jax.vmap(functools.partial(tune, looks=looks), in_axes=(None, 0, 0, 0)))
+def tuner(beta2: float, looks: tuple[int, ...]):
+    return jax.jit(jax.vmap(functools.partial(tune, rule_of(beta2), looks), in_axes=(None, 0, 0, 0)))
 
 
 def keys_of(seeds: tuple[int, ...], purpose: int) -> jax.Array:
     return jnp.stack([jax.random.key(seed + 1000 * purpose) for seed in seeds])
 
 
-def learned(seeds: tuple[int, ...], data: Split, params: Params, old: int, steps: int = STEPS) -> Params:
-    return learner(steps)(keys_of(seeds, 1), data, params, jnp.int32(old))
+def learned(seeds: tuple[int, ...], data: Split, params: Params, old: int, beta2: float, steps: int = STEPS) -> Params:
+    return learner(beta2, steps)(keys_of(seeds, 1), data, params, jnp.int32(old))
 
 
 def tuned(
     seeds: tuple[int, ...], data: Split, params: Params, arm: dict[str, Any], looks: tuple[int, ...] = LOOKS
 ) -> dict[str, np.ndarray]:
-    """Curves (S, E + 1)."""
-    given = {
-        name: jnp.asarray(value, jnp.int32 if name in ("old", "new") else jnp.float32) for name, value in arm.items()
-    }
-    return jax.device_get(tuner(looks)(given, keys_of(seeds, 2), data, params))
+    """Curves (S, E + 1) of an arm of the study."""
+    given = {name: jnp.int32(arm[name]) for name in ("old", "new")}
+    given |= {name: jnp.float32(arm[name]) for name in ("rate", "replay")}
+    return jax.device_get(tuner(arm["beta2"], looks)(given, keys_of(seeds, 2), data, params))
