@@ -146,14 +146,16 @@ def test_figures_are_those_of_the_runs(tmp_path):
     write_run(tmp_path / "more", "facts-transformer-tiny", base, population=4096)
     turns = {50: base[50] | {f"group_{group}_attribute_accuracy": group / 10 for group in (1, 2, 3, 4)}}
     write_run(tmp_path / "turns", "facts-transformer-tiny", turns, population=2048, sampling=facts_sampling.SEQUENTIAL)
+    write_run(tmp_path / "many", "facts-transformer-tiny", tuned, first=1024, population=2048)
     runs = {
+        facts.of_replay(0, 2048): tmp_path / "many",
         facts.of_arm(facts_sampling.SEQUENTIAL, 12): tmp_path / "turns",
         facts.of_size("transformer", 1024): tmp_path / "base",
         facts.of_size("transformer", 4096): tmp_path / "more",  # a size of the full study, too
         facts.of_replay(0.125): tmp_path / "tuned",
     }
     found = facts.measure(runs)
-    (size, more), (replay,) = found["sizes"], found["replays"]
+    (size, more), (replay, many) = found["sizes"], found["replays"]
     assert more["people"] == 4096
     assert (size["family"], size["people"], size["generic_at"], size["known_at"]) == ("transformer", 1024, 25, 50)
     assert size["baseline"] == pytest.approx(BASE)
@@ -161,12 +163,14 @@ def test_figures_are_those_of_the_runs(tmp_path):
     assert size["curves"]["unseen_attribute_loss"] == [2.9, 6.0]
     assert replay == {
         "replay": 0.125,
+        "people": 128,
         "step": [0, 10],
         "old_attribute_accuracy": [0.4, 0.2],
         "new_attribute_accuracy": [0.05, 0.3],
         "old_attribute_loss": [2.0, 2.5],
         "new_attribute_loss": [6.0, 3.0],
     }
+    assert many == {**replay, "replay": 0, "people": 2048}
     (arm,) = found["arms"]
     assert (arm["sampling"], arm["seed"], arm["known_at"]) == ("groups:4:250", 12, 50)
     assert arm["curves"]["group_3_attribute_accuracy"] == [0.3]
@@ -210,6 +214,7 @@ def figures(good: bool) -> dict:
     replays = [
         {
             "replay": weight,
+            "people": facts.NEW,
             "step": [0, 200, 400],
             "old_attribute_accuracy": [1.0, 0.7 if good else 0.9, 0.8],
             "new_attribute_accuracy": [0.1, 0.2, 0.9],
@@ -218,6 +223,7 @@ def figures(good: bool) -> dict:
         }
         for weight in facts.REPLAYS
     ]
+    replays += [replays[0] | {"people": people} for people in facts.MORE]
     laws = {m: facts.plateau_law([s for s in sizes if s["family"] == m]) for m in ("transformer", "griffin", "hawk")}
     patched = {"late": [(50, BASE), (75, 1.0 if good else BASE)], "early": [(50, BASE), (75, BASE if good else 1.0)]}
     attention = {"before": [0.3, 0.4], "replay 0": [0.3, 0.41 if good else 0.5]}
@@ -227,7 +233,7 @@ def figures(good: bool) -> dict:
 def test_every_claim_can_fail():
     yes, no = (dict(facts.judged(figures(good))) for good in (True, False))
     assert list(yes) == list(no)
-    assert len(yes) == 3 * 3 + 5 + 2 + 3 + 2
+    assert len(yes) == 3 * 3 + 5 + 2 + 3 + 2 + 2
     assert all(yes.values())
     assert not any(no.values())
 
@@ -237,12 +243,12 @@ def test_the_study_draws_and_tabulates_its_figures(tmp_path):
     STUDIES["facts"].draw(found, figure)
     figure.savefig(tmp_path / "plot.svg", metadata={"Date": None})
     words = {element.text for element in xml.parse(tmp_path / "plot.svg").iter() if element.text}
-    assert {"Hawk", "Griffin", "Transformer", "1,024 people", "replay 0.125", "early"} <= words
+    assert {"Hawk", "Griffin", "Transformer", "1,024 people", "replay 0.125", "early", "2,048 new"} <= words
     table = "\n".join(STUDIES["facts"].table(found))
     assert "transformer: known at 1.00 people^0.80" in table
-    assert "replay 0.125 old people right 100.0 %, at worst 70.0" in table
-    assert "group 2: 70.0 % (0.0) right at the end of its turn, 28.0 % at last; half of that learned in 60 60 60" in table
-    assert "60 60 60 60 60, lost in 20 20 20 20 20" in table
+    assert "128 new, replay 0.125 old people right 100.0 %, at worst 70.0" in table
+    assert "group 2: 70.0 % (0.0) right at the end of its turn, 28.0 % at last; half of that learned in 60 60" in table
+    assert "60 60 60 steps, lost in 20 20 20 20 20" in table
     assert "NO" not in table
     assert "NO" in "\n".join(STUDIES["facts"].table(figures(False)))
 

@@ -16,7 +16,9 @@ SIZES, FULL_SIZES = (512, 1024, 2048, 4096), (4096, 16_384, 65_536, 262_144)
 LEFT, LEARNED = 1.02, 0.95  # of the no-knowledge loss: below the one values are known, below the other people
 OTHERS = (0.98, 0.9)  # in place of LEARNED
 KNOWN, NEW = 1024, 128
-REPLAYS = (0, 0.125, 1)
+REPLAYS, MORE = (0, 0.125, 1), (512, 2048)
+TUNED = (*((weight, NEW) for weight in REPLAYS), *((0, people) for people in MORE))  # replay, and how many new people
+ORDER = "{} cost old ones 20 points before they are known by 20"
 EARLY = "facts-transformer-tiny --trainer.steps 50 --optimizer.schedule constant"  # for its attention, before it knows anybody
 
 
@@ -24,10 +26,10 @@ def of_size(mixer: str, people: int, size: str = "-tiny") -> str:
     return f"facts-{mixer}{size} --data.population {people}"
 
 
-def of_replay(weight: float) -> str:
+def of_replay(weight: float, people: int = NEW) -> str:
     return (
         f"facts-transformer-tiny --finetune.base {BESIDE}/facts-transformer-tiny-population-{KNOWN} --data.first {KNOWN} "
-        f"--data.population {NEW} --data.replay {weight:g} --optimizer.schedule constant --optimizer.learning_rate 3e-4 "
+        f"--data.population {people} --data.replay {weight:g} --optimizer.schedule constant --optimizer.learning_rate 3e-4 "
         f"--trainer.steps 400 --eval.every 10"
     )
 
@@ -45,9 +47,9 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
         if (words := of_arm(sampling, seed)) in runs
     ]
     replays = [
-        {"replay": weight, **tuning(runs[words], runs[of_size("transformer", KNOWN)])}
-        for weight in REPLAYS
-        if (words := of_replay(weight)) in runs
+        {"replay": weight, "people": people, **tuning(runs[words], runs[of_size("transformer", KNOWN)])}
+        for weight, people in TUNED
+        if (words := of_replay(weight, people)) in runs
     ]
     found: Figures = {"sizes": sizes, "arms": arms, "replays": replays}
     if EARLY in runs:
@@ -162,20 +164,22 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
             for now, was in zip(figures["attention"][name], before, strict=True)
         ]
         found.append(("new people move the attention to names by less than 10 %", max(moved) < 0.1))
-    if replays := {r["replay"]: r for r in figures["replays"]}:
-        alone = replays[0]
-        until = [old for step, old in zip(alone["step"], alone["old_attribute_accuracy"], strict=True) if step <= 200]
-        lost = next((i for i, old in enumerate(until) if old <= until[0] - 0.2), None)
-        new = alone["new_attribute_accuracy"]
-        found.append(
-            (
-                "new people cost old ones 20 points before they are known by 20",
-                lost is not None and new[lost] < new[0] + 0.2,
-            )
-        )
+    if replays := {r["replay"]: r for r in figures["replays"] if r["people"] == NEW}:
+        found.append((ORDER.format("new people"), forgets_first(replays[0])))
         last = {weight: r["old_attribute_loss"][-1] for weight, r in replays.items()}
         found.append(("replay lowers the loss of old people", all(last[w] < last[0] for w in last if w)))
+    # Written down after the run with NEW people, when the study of an associative memory had predicted it.
+    more = [run for run in figures["replays"] if run["people"] != NEW]
+    found += [(ORDER.format(f"{run['people']:,} new people"), forgets_first(run)) for run in more]
     return found
+
+
+def forgets_first(run: dict) -> bool:
+    """Whether old people lose 20 points within 200 steps, before new ones gain as much."""
+    until = [old for step, old in zip(run["step"], run["old_attribute_accuracy"], strict=True) if step <= 200]
+    lost = next((i for i, old in enumerate(until) if old <= until[0] - 0.2), None)
+    new = run["new_attribute_accuracy"]
+    return lost is not None and new[lost] < new[0] + 0.2
 
 
 def plateau_of(steps: Sequence[int], losses: Sequence[float], baseline: float) -> float:
@@ -234,7 +238,7 @@ def table(figures: Figures) -> list[str]:
     for run in figures["replays"]:
         old, new = run["old_attribute_accuracy"], run["new_attribute_accuracy"]
         lines.append(
-            f"replay {run['replay']:<6g}old people right {100 * old[0]:.1f} %, at worst {100 * min(old):.1f}, at last "
+            f"{run['people']:,} new, replay {run['replay']:<6g}old people right {100 * old[0]:.1f} %, at worst {100 * min(old):.1f}, at last "
             f"{100 * old[-1]:.1f}; new ones {100 * new[0]:.1f}, at last {100 * new[-1]:.1f}"
         )
     for name, curve in figures.get("patched", {}).items():
@@ -249,7 +253,7 @@ def table(figures: Figures) -> list[str]:
 
 def draw(figures: Figures, figure) -> None:
     more = bool(figures.get("patched") or figures["arms"])
-    panels = [["phases", "law"], ["unseen", "tuning"], *([["patched", "groups"], ["arms", "arms"]] if more else [])]
+    panels = [["phases", "law"], ["unseen", "tuning"], *([["patched", "groups"], ["arms", "counts"]] if more else [])]
     figure.set_size_inches(7.5, 3.0 * len(panels))
     axes_of = figure.subplot_mosaic(panels)
     phases_axes, law_axes, unseen_axes, tuning_axes = (axes_of[name] for name in ("phases", "law", "unseen", "tuning"))
@@ -290,19 +294,24 @@ def draw(figures: Figures, figure) -> None:
     law_axes.set_yticks(ticks, [f"{n:,}" for n in ticks])
     law_axes.minorticks_off()
     unseen_axes.set(title=f"{shown:,} people: unseen ones (dashed: seen)")
-    for run, colour in zip(figures["replays"], COLOURS.values(), strict=False):
-        label = f"replay {run['replay']:g}"
-        tuning_axes.plot(run["step"], run["old_attribute_accuracy"], color=colour, label=label)
-        tuning_axes.plot(run["step"], run["new_attribute_accuracy"], color=colour, linestyle="--")
-    tuning_axes.set(
-        title=f"{NEW} new people (dashed) cost old ones", xlabel="step", ylabel="share right", ylim=(-0.03, 1.03)
-    )
+    draw_tuned(tuning_axes, {f"replay {r['replay']:g}": r for r in figures["replays"] if r["people"] == NEW})
+    tuning_axes.set(title=f"{NEW} new people (dashed) cost old ones")
     for axes in (phases_axes, law_axes, unseen_axes, tuning_axes):
         axes.legend(frameon=False)
     if more:
         draw_patched(figures, axes_of["patched"])
         facts_sampling.draw_groups(figures, axes_of["groups"])
         facts_sampling.draw_arms(figures, axes_of["arms"])
+        draw_tuned(axes_of["counts"], {f"{r['people']:,} new": r for r in figures["replays"] if not r["replay"]})
+        axes_of["counts"].set(title="how many new people (dashed)")
+
+
+def draw_tuned(axes, runs: dict[str, dict]) -> None:
+    for (label, run), colour in zip(runs.items(), COLOURS.values(), strict=False):
+        axes.plot(run["step"], run["old_attribute_accuracy"], color=colour, label=label)
+        axes.plot(run["step"], run["new_attribute_accuracy"], color=colour, linestyle="--")
+    axes.set(xlabel="step", ylabel="share right", ylim=(-0.03, 1.03))
+    axes.legend(frameon=False)
 
 
 def draw_patched(figures: Figures, patch_axes) -> None:
@@ -322,7 +331,7 @@ STUDY = Study(
     question="when do models learn facts about people, and what do they say of people they do not know?",
     configs=(
         *(of_size("transformer", people) for people in SIZES),
-        *map(of_replay, REPLAYS),
+        *itertools.starmap(of_replay, TUNED),
         EARLY,
         *(of_size(mixer, people) for mixer in ("griffin", "hawk") for people in SIZES),
         *(of_arm(sampling, seed) for seed in SEEDS for sampling in (*ARMS, SEQUENTIAL)),

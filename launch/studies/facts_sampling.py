@@ -96,7 +96,7 @@ def sure(differences: list[float]) -> bool:
 
 def table(figures: Figures) -> list[str]:
     lines = []
-    for sampling in (*ARMS, SEQUENTIAL):
+    for sampling in ARMS:
         if ends := [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]:
             mean, error = mean_and_error(ends)
             later, spread = mean_and_error(gains(figures["arms"], sampling))
@@ -124,7 +124,7 @@ def draw_arms(figures: Figures, axes) -> None:
     for place, sampling in enumerate(ARMS):
         ends = [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]
         axes.plot([place] * len(ends), ends, color="black", marker="o", linestyle="", alpha=0.5)
-    axes.set_xticks(range(len(ARMS)), [arm.replace(":", "\n", 1) for arm in ARMS])
+    axes.set_xticks(range(len(ARMS)), [arm.replace(":", "\n", 1) for arm in ARMS], fontsize=6)
     axes.set(title=f"{PEOPLE:,} people: end of the plateau", ylabel="step", xlim=(-0.5, len(ARMS) - 0.5))
 
 
