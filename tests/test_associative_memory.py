@@ -219,7 +219,7 @@ def test_the_arms_are_the_papers_but_for_what_is_varied():
 def test_the_study_measures_tabulates_and_draws(tmp_path, capsys):
     command.report(study.STUDY, lambda folders: made(True), {"": tmp_path}, tmp_path, command.new_figure())
     told = capsys.readouterr().out
-    assert "8,192    128   0.001       0  0.999      95.2 (0.1)" in told
+    assert "8,192    128   0.001       0  0.999         95.2 (0.1)" in told
     assert "50: 7.0" in told
     assert "NO " not in told
     assert json.loads((tmp_path / "figures.json").read_text())["seeds"] == [10, 11, 12, 13, 14]

@@ -159,12 +159,12 @@ def table(figures: Figures) -> list[str]:
     lines = [
         f"means (standard errors) of {len(figures['seeds'])} seeds, in points; at which step old ones had lost {100 * POINTS:g}: what "
         f"new ones had gained",
-        f"{'old':>6}{'new':>7}{'rate':>8}{'replay':>8}{'beta2':>7}" + "".join(f"{head:>16}" for head in heads),
+        f"{'old':>6}{'new':>7}{'rate':>8}{'replay':>8}{'beta2':>7}" + "".join(f"{head:>19}" for head in heads),
     ]
     for one in figures["arms"]:
         order = [each for each in collapse(figures, one) if each]
         step, gained = np.mean(order, axis=0) if order else (math.nan, math.nan)
-        some = f", {len(order)} seeds" if len(order) < len(figures["seeds"]) else ""
+        some = f" ({len(order)} seeds)" if len(order) < len(figures["seeds"]) else ""
         cells = (
             points(np.array(one["old_right"])[:, 0]),
             points(early_loss(figures, one)),
@@ -174,7 +174,7 @@ def table(figures: Figures) -> list[str]:
         )
         lines.append(
             f"{one['old']:>6,}{one['new']:>7,}{one['rate']:>8g}{one['replay']:>8.3g}{one['beta2']:>7g}"
-            + "".join(f"{cell:>16}" for cell in cells)
+            + "".join(f"{cell:>19}" for cell in cells)
         )
     rows = [f"{'yes' if one['met'] else 'NO':<5}{one['criterion']}: {one['measured']}" for one in figures["criteria"]]
     return [*lines, "", *rows]
@@ -193,7 +193,7 @@ def draw(figures: Figures, figure) -> None:
     loads.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
     both = (PAPER.new, MANY.new)
     draw_order(figures, rates, RATES, {f"{new:,} new": [Arm(new=new, rate=rate) for rate in RATES] for new in both})
-    rates.set(xlabel="rate")
+    rates.set(xlabel="rate", xlim=(RATES[0] / 1.2, RATES[-1] * 1.2))
     for axes in (counts, replays, loads, rates):
         axes.legend(frameon=False, fontsize=7)
 
