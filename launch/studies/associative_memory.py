@@ -6,7 +6,6 @@ A network of one hidden layer learns keys' values and then others'. Key_value_me
 
 import itertools
 import math
-import pathlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ ARMS = tuple(
 )
 
 
-def measure(folders: dict[str, pathlib.Path]) -> Figures:
+def measure() -> Figures:
     """Trains, too."""
     from launch.studies.key_value_memory import LOOKS, learned, started, tuned
 
@@ -232,7 +231,7 @@ STUDY = Study(
     question="what do new pairs of keys and values do to those that a small memory knows?",
     configs=(),
     full=(),
-    measure=measure,
+    measure=lambda runs: measure(),
     table=table,
     draw=draw,
 )
