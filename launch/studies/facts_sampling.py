@@ -2,6 +2,7 @@
 the other, of which later ones are learned faster and all are forgotten."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def gains(arms: list[dict], sampling: str) -> list[int]:
     return [one - other for one, other in pairs if one and other]
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error, infinite of one value."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
         values
@@ -86,7 +87,7 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
     return found
 
 
-def sure(differences: list[float]) -> bool:
+def sure(differences: Sequence[float]) -> bool:
     """Whether their mean is below 0 by 2 standard errors; one that is endless, or no number, is not."""
     if not np.isfinite(differences).all():
         return False

@@ -93,7 +93,8 @@ def tune(
         return update(config, rule, now, Split(data.images[rows], data.labels[rows]))
 
     def look(now, between):
-        now = jax.lax.fori_loop(*between, step, now)
+        start, end = between
+        now = jax.lax.fori_loop(start, end, step, now)
         return now, known(now[0], data, arm)
 
     starts, ends = (jnp.array(column, jnp.int32) for column in zip(*itertools.pairwise((0, *looks)), strict=True))
