@@ -62,7 +62,7 @@ class BiographyData(Section):
     batch_size: int = setting(64, "rows a step, over all devices", low=1, changes=_SHAPE)
     held_out_rows: int = setting(
         512,
-        "rows of an evaluation about each of: the population, unseen people, and earlier ones",
+        "rows of an evaluation about each of: the population, unseen people, earlier ones, and each of `groups`",
         low=1,
         changes=_DATA,
     )

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,6 @@ from data.order import ALGORITHM, mixed, permuted
 FORMAT = "biographies-1"  # how numbers become rows: part of every manifest
 TRAINING_ROWS = 2**40  # no run reads them all
 BOS = 0
-GROUPS = ("population", "unseen", "earlier")  # whom held-out rows are about: their field `group` has the place
 
 
 def no_knowledge(config: BiographyData) -> float:
@@ -44,7 +44,7 @@ class Biographies:
     def read(self, indices: np.ndarray) -> Batch:
         """Rows [B] by number, int64 [B]. Fields: tokens, targets, segment_pos, int32 [B, T], weights, float32 [B, T], 1 but
         for padding; of held-out rows also values, int32 [B, T], where a target belongs to a value the number of its attribute
-        from 1 on, else 0, and group, int32 [B]."""
+        from 1 on, else 0, and group, int32 [B], the place of theirs in `ranges_of`."""
         people, group = self.people(indices)
         words, values = told(self.config, people, self.held_out, indices)
         position = np.arange(self.config.sequence_length, dtype=np.int32)
@@ -59,33 +59,43 @@ class Biographies:
 
     def origins(self, indices: np.ndarray) -> list[list[Origin]]:
         people, group = self.people(indices)
-        split = "held_out" if self.held_out else "train"
+        split, groups = "held_out" if self.held_out else "train", list(ranges_of(self.config))
         return [
-            [Origin(f"biography of person {person} ({GROUPS[which]}), {split}", int(i))]
+            [Origin(f"biography of person {person} ({groups[which]}), {split}", int(i))]
             for person, which, i in zip(people, group, indices, strict=True)
         ]
 
     def people(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whom rows [B] are about, int64 [B], and to which of GROUPS they belong, int32 [B]."""
+        """Whom rows [B] are about, int64 [B], and the places in `ranges_of` of the groups they stand for, int32 [B]."""
         config = self.config
         if not self.held_out:
             people = sampled(config, indices)
             return people, np.where(people < config.first, 2, 0).astype(np.int32)
-        ranges = ranges_of(config)
+        ranges = ranges_of(config).values()
         number, group = np.divmod(indices, len(ranges))
         start, size = (np.array(column)[group] for column in zip(*ranges, strict=True))
         word = random_words(config, "held-out people", number, 1)[:, 0]
         return start + (word % size.astype(np.uint64)).astype(np.int64), group.astype(np.int32)
 
 
-def ranges_of(config: BiographyData) -> list[tuple[int, int]]:
-    """First person and number of people of each of GROUPS; earlier ones only if there are any."""
+def ranges_of(config: BiographyData) -> dict[str, tuple[int, int]]:
+    """First person and number of people of each group that held-out rows are about. Earlier people come third, if there are
+    any, and after them those whom sequential groups of the population hold."""
     unseen = math.prod(config.names) - config.unseen  # the last, so that no other population reaches them
-    return [
-        (config.first, config.population),
-        (unseen, config.unseen),
-        *([(0, config.first)] if config.first else []),
-    ]
+    ranges = {"population": (config.first, config.population), "unseen": (unseen, config.unseen)}
+    if config.first:
+        ranges["earlier"] = (0, config.first)
+    rule, numbers = config.sampled()
+    for place in range(int(numbers[0]) if rule == "groups" else 0):
+        start, size = sequential(config, int(numbers[0]), place)
+        ranges[f"group_{place + 1}"] = (config.first + start, size)
+    return ranges
+
+
+def sequential(config: BiographyData, groups: int, place: Any) -> tuple[Any, Any]:
+    """First of the population's people, from 0 on, and number of people of the groups at these places: numbers or arrays."""
+    start = place * config.population // groups
+    return start, (place + 1) * config.population // groups - start
 
 
 def random_words(config: BiographyData, purpose: str, numbers: np.ndarray, count: int) -> np.ndarray:
@@ -109,9 +119,7 @@ def sampled(config: BiographyData, indices: np.ndarray) -> np.ndarray:
             size = np.where(batch < numbers[1], int(numbers[0]), size)
         if rule == "groups":
             groups, batches = map(int, numbers)
-            place = batch // batches % groups
-            start = place * config.population // groups
-            size = (place + 1) * config.population // groups - start
+            start, size = sequential(config, groups, batch // batches % groups)
         drawn = start + (who % size.astype(np.uint64)).astype(np.int64)
     people = config.first + drawn
     if config.replay:

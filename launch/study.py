@@ -22,7 +22,7 @@ Started again it resumes. --full takes the published sizes; overrides go to ever
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, *(f"  {name:<16}{study.question}" for name, study in STUDIES.items()), sep="\n")
+        print(USAGE, *(f"  {name:<20}{study.question}" for name, study in STUDIES.items()), sep="\n")
         return 0
     name, *rest = argv
     if name not in STUDIES:

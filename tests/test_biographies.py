@@ -16,7 +16,7 @@ from configs.parameters import COUNTS
 from configs.schema import BiographyData, ConfigError
 from configs.store import from_json, to_json
 from data import open_data
-from data.biographies import Biographies, no_knowledge, sampled
+from data.biographies import Biographies, no_knowledge, ranges_of, sampled
 from data.shapes import batch_fields
 from sharding.mesh import one_device_mesh
 from sharding.rules import rules_for
@@ -169,6 +169,22 @@ def test_groups_come_one_after_the_other_and_again():
         assert people == set(range(edges[turn % 4], edges[turn % 4 + 1]))
 
 
+def test_sequential_groups_are_evaluated_one_by_one():
+    """After the population, unseen people and, if there are any, earlier ones; each row in turn."""
+    config = dataclasses.replace(TINY, first=40, sampling="groups:4:100", held_out_rows=400)
+    data = open_data(config)
+    assert isinstance(data.held_out, Biographies)
+    people, group = data.held_out.people(np.arange(7 * 400))
+    np.testing.assert_array_equal(group, np.tile(np.arange(7), 400))
+    edges = [40, 52, 65, 77, 90]
+    for place in range(4):
+        assert set(people[group == 3 + place]) == set(range(edges[place], edges[place + 1]))
+    assert set(people[group == 0]) == set(range(40, 90))
+    assert set(people[group == 2]) == set(range(40))
+    assert list(ranges_of(dataclasses.replace(config, first=0)))[2:] == ["group_1", "group_2", "group_3", "group_4"]
+    assert data.held_out.origins(np.array([3]))[0][0].source == f"biography of person {people[3]} (group_1), held_out"
+
+
 def test_replay_returns_to_each_earlier_person_so_often():
     config = dataclasses.replace(TINY, first=40, population=10, replay=0.25)
     people = np.bincount(sampled(config, np.arange(40_000)), minlength=50) / 40_000
@@ -223,7 +239,7 @@ def test_batches_are_the_same_on_any_number_of_hosts_and_fields_as_announced():
 def test_metrics_are_those_of_the_papers_definitions():
     """Against float64 loops over rows, groups and attributes; the last batch has rows of padding."""
     config = EXPERIMENTS["facts-transformer-tiny"]()
-    data = dataclasses.replace(ODD, first=4, population=6, held_out_rows=10, batch_size=16)
+    data = dataclasses.replace(ODD, first=4, population=6, sampling="groups:2:5", held_out_rows=10, batch_size=16)
     model = dataclasses.replace(config.model, vocab_size=data.vocab_size, width=16, mlp_width=16, depth=1)
     config = dataclasses.replace(config, data=data, model=model)
     task, mesh, opened = make_task(config), one_device_mesh(), open_data(data)
@@ -232,13 +248,13 @@ def test_metrics_are_those_of_the_papers_definitions():
         init = jax.jit(lambda: jax.tree.map(lambda p: 4 * p, task.init(jax.random.key(0), spec)))()
         place = functools.partial(place_batch, mesh=mesh, spec=spec)
         found = evaluate(jax.jit(task.evaluate), {"": init}, opened, 0, task, place)
-        rows = opened.held_out.read(np.arange(30))
+        rows = opened.held_out.read(np.arange(50))
         run = jax.jit(functools.partial(init, dtype=jnp.float32))
         logits = np.asarray(run(rows["tokens"], rows["segment_pos"]), np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    sums = {group: [] for group in range(3)}
-    for i in range(30):
+    sums = {group: [] for group in range(5)}
+    for i in range(50):
         nats, right, sure, entropy, everything = [], [], [], [], []
         for t in range(21):
             here, target = p[i, t], rows["targets"][i, t]
@@ -254,7 +270,7 @@ def test_metrics_are_those_of_the_papers_definitions():
             (sum(nats) / 3, np.mean(right), np.mean(sure), np.mean(entropy), np.mean(everything))
         )
     names = ("attribute_loss", "attribute_accuracy", "max_probability", "entropy", "loss")
-    for group, prefix in enumerate(("", "unseen_", "earlier_")):
+    for group, prefix in enumerate(("", "unseen_", "earlier_", "group_1_", "group_2_")):
         assert len(sums[group]) == 10
         for name, expected in zip(names, np.mean(sums[group], axis=0), strict=True):
             assert found[prefix + name] == pytest.approx(expected, rel=2e-5, abs=1e-9), prefix + name

@@ -13,7 +13,7 @@ import pytest
 from configs import EXPERIMENTS
 from configs.store import to_json
 from data import open_data
-from launch.studies import STUDIES, facts
+from launch.studies import STUDIES, facts, facts_sampling
 from launch.studies.facts_patching import all_maps, patched_logits, patched_nats
 from launch.studies.study import new_figure
 from sharding.mesh import one_device_mesh
@@ -86,8 +86,34 @@ def test_gains_are_those_of_the_same_seed():
         {"sampling": "power:0.8", "seed": 11, "known_at": 470},
         {"sampling": "power:0.8", "seed": 12, "known_at": 100},  # has no uniform run beside it
     ]
-    assert facts.gains(arms, "power:0.8") == [-10, -30]
-    assert facts.mean_and_error([-10, -30]) == pytest.approx((-20, 10))
+    assert facts_sampling.gains(arms, "power:0.8") == [-10, -30]
+    assert facts_sampling.mean_and_error([-10, -30]) == pytest.approx((-20, 10))
+
+
+def in_turn(learned: tuple[int, ...], forgets: int | None, right: tuple[float, ...] = (0.9,) * 4) -> dict:
+    """An arm of four groups that each know nothing for some steps of their turn, then what is `right`, and 0.4 of that from
+    `forgets` steps after it on."""
+    steps = np.arange(10, 1001, 10)
+    found = {"step": steps.tolist()}
+    for group, start in enumerate((0, 250, 500, 750)):
+        known = np.where(steps >= start + learned[group], right[group], 0.05)
+        if forgets:
+            known = np.where(steps >= start + 250 + forgets, 0.4 * right[group], known)
+        found[f"group_{group + 1}_attribute_accuracy"] = known.tolist()
+    return {"sampling": facts_sampling.SEQUENTIAL, "seed": 10, "known_at": None, "curves": found}
+
+
+def test_groups_are_timed_from_the_start_of_their_turn_and_from_its_end():
+    arm = in_turn((150, 60, 40, 250), 30)
+    assert [facts_sampling.learned_in(arm, group, 0.45) for group in (1, 2, 3, 4)] == [150, 60, 40, 250]
+    assert [facts_sampling.learned(arm, group) for group in (1, 2, 3, 4)] == [0.9] * 4
+    assert [facts_sampling.forgotten_in(arm, group) for group in (1, 2)] == [(30, 0.45), (30, 0.45)]
+    assert facts_sampling.forgotten_sooner(arm) == pytest.approx((2 * 30 - 60 + 2 * 30 - 40) / 2)
+    assert facts_sampling.learned_in(in_turn((150, 260, 40, 40), 30), 2, 0.45) == math.inf  # after its turn
+    assert facts_sampling.forgotten_in(in_turn((150, 60, 40, 40), None), 1)[0] == math.inf
+    assert not facts_sampling.sure([-100, -100, -math.inf])
+    assert not facts_sampling.sure([-1, 1, -1])
+    assert facts_sampling.sure([-10, -12, -11])
 
 
 def write_run(folder, name: str, evaluations: dict[int, dict], **data) -> None:
@@ -118,13 +144,18 @@ def test_figures_are_those_of_the_runs(tmp_path):
     write_run(tmp_path / "base", "facts-transformer-tiny", base)
     write_run(tmp_path / "tuned", "facts-transformer-tiny", tuned, first=1024, population=128, replay=0.125)
     write_run(tmp_path / "more", "facts-transformer-tiny", base, population=4096)
+    turns = {50: base[50] | {f"group_{group}_attribute_accuracy": group / 10 for group in (1, 2, 3, 4)}}
+    write_run(tmp_path / "turns", "facts-transformer-tiny", turns, population=2048, sampling=facts_sampling.SEQUENTIAL)
+    write_run(tmp_path / "many", "facts-transformer-tiny", tuned, first=1024, population=2048)
     runs = {
+        facts.of_replay(0, 2048): tmp_path / "many",
+        facts.of_arm(facts_sampling.SEQUENTIAL, 12): tmp_path / "turns",
         facts.of_size("transformer", 1024): tmp_path / "base",
         facts.of_size("transformer", 4096): tmp_path / "more",  # a size of the full study, too
         facts.of_replay(0.125): tmp_path / "tuned",
     }
     found = facts.measure(runs)
-    (size, more), (replay,) = found["sizes"], found["replays"]
+    (size, more), (replay, many) = found["sizes"], found["replays"]
     assert more["people"] == 4096
     assert (size["family"], size["people"], size["generic_at"], size["known_at"]) == ("transformer", 1024, 25, 50)
     assert size["baseline"] == pytest.approx(BASE)
@@ -132,13 +163,17 @@ def test_figures_are_those_of_the_runs(tmp_path):
     assert size["curves"]["unseen_attribute_loss"] == [2.9, 6.0]
     assert replay == {
         "replay": 0.125,
+        "people": 128,
         "step": [0, 10],
         "old_attribute_accuracy": [0.4, 0.2],
         "new_attribute_accuracy": [0.05, 0.3],
         "old_attribute_loss": [2.0, 2.5],
         "new_attribute_loss": [6.0, 3.0],
     }
-    assert found["arms"] == []
+    assert many == {**replay, "replay": 0, "people": 2048}
+    (arm,) = found["arms"]
+    assert (arm["sampling"], arm["seed"], arm["known_at"]) == ("groups:4:250", 12, 50)
+    assert arm["curves"]["group_3_attribute_accuracy"] == [0.3]
     assert found["laws"] == {}
 
 
@@ -172,9 +207,14 @@ def figures(good: bool) -> dict:
         for sampling in facts.ARMS
         for seed in facts.SEEDS
     ]
+    for seed in facts.SEEDS:
+        first = 0.4 + 0.1 * (seed % 2)
+        arm = in_turn((100, 60, 80, 80), 20 if good else 40, (first, 0.7 if good else 0.45, 0.8, 0.8))
+        arms.append(arm | {"seed": seed})
     replays = [
         {
             "replay": weight,
+            "people": facts.NEW,
             "step": [0, 200, 400],
             "old_attribute_accuracy": [1.0, 0.7 if good else 0.9, 0.8],
             "new_attribute_accuracy": [0.1, 0.2, 0.9],
@@ -183,6 +223,7 @@ def figures(good: bool) -> dict:
         }
         for weight in facts.REPLAYS
     ]
+    replays += [replays[0] | {"people": people} for people in facts.MORE]
     laws = {m: facts.plateau_law([s for s in sizes if s["family"] == m]) for m in ("transformer", "griffin", "hawk")}
     patched = {"late": [(50, BASE), (75, 1.0 if good else BASE)], "early": [(50, BASE), (75, BASE if good else 1.0)]}
     attention = {"before": [0.3, 0.4], "replay 0": [0.3, 0.41 if good else 0.5]}
@@ -192,7 +233,7 @@ def figures(good: bool) -> dict:
 def test_every_claim_can_fail():
     yes, no = (dict(facts.judged(figures(good))) for good in (True, False))
     assert list(yes) == list(no)
-    assert len(yes) == 3 * 3 + 3 + 3 + 2
+    assert len(yes) == 3 * 3 + 5 + 2 + 3 + 2 + 2
     assert all(yes.values())
     assert not any(no.values())
 
@@ -202,10 +243,12 @@ def test_the_study_draws_and_tabulates_its_figures(tmp_path):
     STUDIES["facts"].draw(found, figure)
     figure.savefig(tmp_path / "plot.svg", metadata={"Date": None})
     words = {element.text for element in xml.parse(tmp_path / "plot.svg").iter() if element.text}
-    assert {"Hawk", "Griffin", "Transformer", "1,024 people", "replay 0.125", "early"} <= words
+    assert {"Hawk", "Griffin", "Transformer", "1,024 people", "replay 0.125", "early", "2,048 new"} <= words
     table = "\n".join(STUDIES["facts"].table(found))
     assert "transformer: known at 1.00 people^0.80" in table
-    assert "replay 0.125 old people right 100.0 %, at worst 70.0" in table
+    assert "128 new, replay 0.125 old people right 100.0 %, at worst 70.0" in table
+    assert "group 2: 70.0 % (0.0) right at the end of its turn, 28.0 % at last; half of that learned in 60 60" in table
+    assert "60 60 60 steps, lost in 20 20 20 20 20" in table
     assert "NO" not in table
     assert "NO" in "\n".join(STUDIES["facts"].table(figures(False)))
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import reshard
 
 from configs.schema import BiographyData, Config, ConfigError, ImageData, LongRangeData, NFNetConfig
-from data.biographies import GROUPS
+from data.biographies import ranges_of
 from models import FAMILIES
 from models.params import Init, Spec, refilled
 from models.remat import remat_of
@@ -181,7 +181,7 @@ def biographies(config: Config) -> Task:
     """
     dtype, data = jnp.dtype(config.trainer.compute_dtype), config.data
     assert isinstance(data, BiographyData)
-    attributes = len(data.attributes)
+    attributes, groups = len(data.attributes), list(ranges_of(data))
 
     def evaluate(model, batch: Batch) -> Sums:
         logits = model(batch["tokens"], batch["segment_pos"], dtype=dtype)
@@ -206,12 +206,12 @@ def biographies(config: Config) -> Task:
             "tokens": jnp.sum(weights, axis=1),
             "nats": jnp.sum(weights * nats, axis=1),
         }
-        member = (batch["group"][:, None] == jnp.arange(len(GROUPS))[None]) & (rows["rows"] > 0)[:, None]
+        member = (batch["group"][:, None] == jnp.arange(len(groups))[None]) & (rows["rows"] > 0)[:, None]
         return {name: jnp.sum(jnp.where(member, of_row[:, None], 0.0), axis=0) for name, of_row in rows.items()}
 
     def summarise(sums: dict[str, Any]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for place, group in enumerate(GROUPS):
+        for place, group in enumerate(groups):
             of = {name: float(total[place]) for name, total in sums.items()}
             if of["rows"]:
                 asked = of["rows"] * attributes

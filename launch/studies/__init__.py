@@ -2,6 +2,7 @@
 
 from launch.studies import (
     agc,
+    associative_memory,
     context_voids,
     digits,
     facts,
@@ -26,5 +27,6 @@ STUDIES: dict[str, Study] = {
     "private": private.STUDY,
     "universality": universality.STUDY,
     "facts": facts.STUDY,
+    "associative-memory": associative_memory.STUDY,
     "context-voids": context_voids.STUDY,
 }

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from launch.studies import facts_sampling
+from launch.studies.facts_sampling import ARMS, SEEDS, SEQUENTIAL, of_arm
 from launch.studies.study import BESIDE, COLOURS, Figures, Study
 
 SIZES, FULL_SIZES = (512, 1024, 2048, 4096), (4096, 16_384, 65_536, 262_144)
 LEFT, LEARNED = 1.02, 0.95  # of the no-knowledge loss: below the one values are known, below the other people
 OTHERS = (0.98, 0.9)  # in place of LEARNED
-ARMS = ("uniform", "power:0.8", "warmup:512:128", "warmup:512:256")
-SEEDS = (10, 11, 12, 13, 14)
 KNOWN, NEW = 1024, 128
-REPLAYS = (0, 0.125, 1)
+REPLAYS, MORE = (0, 0.125, 1), (512, 2048)
+TUNED = (*((weight, NEW) for weight in REPLAYS), *((0, people) for people in MORE))  # replay, and how many new people
+ORDER = "{} cost old ones 20 points before they are known by 20"
 EARLY = "facts-transformer-tiny --trainer.steps 50 --optimizer.schedule constant"  # for its attention, before it knows anybody
 
 
@@ -24,17 +26,10 @@ def of_size(mixer: str, people: int, size: str = "-tiny") -> str:
     return f"facts-{mixer}{size} --data.population {people}"
 
 
-def of_arm(sampling: str, seed: int) -> str:
-    return (
-        f"facts-transformer-tiny --data.population 2048 --data.sampling {sampling} --data.seed {seed} --trainer.seed {seed} "
-        f"--trainer.steps 1000 --eval.every 10"
-    )
-
-
-def of_replay(weight: float) -> str:
+def of_replay(weight: float, people: int = NEW) -> str:
     return (
         f"facts-transformer-tiny --finetune.base {BESIDE}/facts-transformer-tiny-population-{KNOWN} --data.first {KNOWN} "
-        f"--data.population {NEW} --data.replay {weight:g} --optimizer.schedule constant --optimizer.learning_rate 3e-4 "
+        f"--data.population {people} --data.replay {weight:g} --optimizer.schedule constant --optimizer.learning_rate 3e-4 "
         f"--trainer.steps 400 --eval.every 10"
     )
 
@@ -48,13 +43,13 @@ def measure(runs: dict[str, pathlib.Path]) -> Figures:
     ]
     arms = [
         {"sampling": sampling, "seed": seed, **phases(runs[words])}
-        for sampling, seed in itertools.product(ARMS, SEEDS)
+        for sampling, seed in itertools.product((*ARMS, SEQUENTIAL), SEEDS)
         if (words := of_arm(sampling, seed)) in runs
     ]
     replays = [
-        {"replay": weight, **tuning(runs[words], runs[of_size("transformer", KNOWN)])}
-        for weight in REPLAYS
-        if (words := of_replay(weight)) in runs
+        {"replay": weight, "people": people, **tuning(runs[words], runs[of_size("transformer", KNOWN)])}
+        for weight, people in TUNED
+        if (words := of_replay(weight, people)) in runs
     ]
     found: Figures = {"sizes": sizes, "arms": arms, "replays": replays}
     if EARLY in runs:
@@ -78,14 +73,15 @@ def curves_of(run: pathlib.Path, names: Iterable[str]) -> dict[str, list[float]]
 def phases(run: pathlib.Path) -> dict:
     """Where a run's phases end, its curves, and what it says of seen and unseen people at the end."""
     from configs.schema import BiographyData
-    from data.biographies import no_knowledge
+    from data.biographies import no_knowledge, ranges_of
     from trainer.evaluate import read_config
 
     data = read_config(run).data
     assert isinstance(data, BiographyData)
     baseline = no_knowledge(data)
     names = ("attribute_loss", "attribute_accuracy", "max_probability", "entropy")
-    curves = curves_of(run, (*names, *(f"unseen_{name}" for name in names)))
+    groups = [f"{group}_attribute_accuracy" for group in ranges_of(data) if group.startswith("group_")]
+    curves = curves_of(run, (*names, *(f"unseen_{name}" for name in names), *groups))
     steps, losses = np.array(curves["step"]), np.array(curves["attribute_loss"])
     return {
         "baseline": baseline,
@@ -154,10 +150,7 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
     for mixer, law in figures["laws"].items():
         agrees = 0.5 <= law["exponent"] <= 1.1 and law["r_squared"] > 0.95
         found.append((f"{mixer}: the plateau ends at people^0.5 to 1.1, R^2 over 0.95", agrees))
-    for sampling in ARMS[1:]:
-        if differences := gains(figures["arms"], sampling):
-            mean, error = mean_and_error(differences)
-            found.append((f"{sampling} ends the plateau sooner, by 2 standard errors of 5 seeds", mean < -2 * error))
+    found += facts_sampling.judged(figures)
     if patched := figures.get("patched"):
         own = next(s for s in figures["sizes"] if s["family"] == "transformer" and s["people"] == KNOWN)
         plateau = plateau_of(own["curves"]["step"], own["curves"]["attribute_loss"], own["baseline"])
@@ -171,20 +164,22 @@ def judged(figures: Figures) -> list[tuple[str, bool]]:
             for now, was in zip(figures["attention"][name], before, strict=True)
         ]
         found.append(("new people move the attention to names by less than 10 %", max(moved) < 0.1))
-    if replays := {r["replay"]: r for r in figures["replays"]}:
-        alone = replays[0]
-        until = [old for step, old in zip(alone["step"], alone["old_attribute_accuracy"], strict=True) if step <= 200]
-        lost = next((i for i, old in enumerate(until) if old <= until[0] - 0.2), None)
-        new = alone["new_attribute_accuracy"]
-        found.append(
-            (
-                "new people cost old ones 20 points before they are known by 20",
-                lost is not None and new[lost] < new[0] + 0.2,
-            )
-        )
+    if replays := {r["replay"]: r for r in figures["replays"] if r["people"] == NEW}:
+        found.append((ORDER.format("new people"), forgets_first(replays[0])))
         last = {weight: r["old_attribute_loss"][-1] for weight, r in replays.items()}
         found.append(("replay lowers the loss of old people", all(last[w] < last[0] for w in last if w)))
+    # Written down after the run with NEW people, when the study of an associative memory had predicted it.
+    more = [run for run in figures["replays"] if run["people"] != NEW]
+    found += [(ORDER.format(f"{run['people']:,} new people"), forgets_first(run)) for run in more]
     return found
+
+
+def forgets_first(run: dict) -> bool:
+    """Whether old people lose 20 points within 200 steps, before new ones gain as much."""
+    until = [old for step, old in zip(run["step"], run["old_attribute_accuracy"], strict=True) if step <= 200]
+    lost = next((i for i, old in enumerate(until) if old <= until[0] - 0.2), None)
+    new = run["new_attribute_accuracy"]
+    return lost is not None and new[lost] < new[0] + 0.2
 
 
 def plateau_of(steps: Sequence[int], losses: Sequence[float], baseline: float) -> float:
@@ -223,20 +218,6 @@ def hallucinates(size: dict) -> bool:
     return know is not None and unseen[know] > 1.05 * baseline and unseen[-1] > 1.5 * baseline and sure[0] < sure[1]
 
 
-def gains(arms: list[dict], sampling: str) -> list[int]:
-    """Steps by which the plateau ends later than with uniform sampling, seed by seed; negative: sooner."""
-    at = {(arm["sampling"], arm["seed"]): arm["known_at"] for arm in arms}
-    pairs = [(at.get((sampling, seed)), at.get(("uniform", seed))) for seed in SEEDS]
-    return [one - other for one, other in pairs if one and other]
-
-
-def mean_and_error(values: list[int]) -> tuple[float, float]:
-    """Mean and its standard error, infinite of one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
-        values
-    ) > 1 else math.inf
-
-
 def table(figures: Figures) -> list[str]:
     lines = [
         f"{'':<14}{'people':>8}{'generic at':>12}{'known at':>10}{'right, %':>10}{'unseen: loss':>14}{'sure of seen':>14}{'unseen':>8}"
@@ -253,17 +234,11 @@ def table(figures: Figures) -> list[str]:
         lines.append(
             f"{mixer}: known at {law['scale']:.2f} people^{law['exponent']:.2f} ({low:.2f} to {high:.2f}), R^2 {law['r_squared']:.3f}"
         )
-    for sampling in ARMS:
-        if ends := [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]:
-            mean, error = mean_and_error(ends)
-            later, spread = mean_and_error(gains(figures["arms"], sampling))
-            lines.append(
-                f"{sampling:<18}known at {mean:.0f} ({error:.0f}), less uniform {later:+.0f} ({spread:.0f}), of {len(ends)} seeds"
-            )
+    lines += facts_sampling.table(figures)
     for run in figures["replays"]:
         old, new = run["old_attribute_accuracy"], run["new_attribute_accuracy"]
         lines.append(
-            f"replay {run['replay']:<6g}old people right {100 * old[0]:.1f} %, at worst {100 * min(old):.1f}, at last "
+            f"{run['people']:,} new, replay {run['replay']:<6g}old people right {100 * old[0]:.1f} %, at worst {100 * min(old):.1f}, at last "
             f"{100 * old[-1]:.1f}; new ones {100 * new[0]:.1f}, at last {100 * new[-1]:.1f}"
         )
     for name, curve in figures.get("patched", {}).items():
@@ -278,9 +253,10 @@ def table(figures: Figures) -> list[str]:
 
 def draw(figures: Figures, figure) -> None:
     more = bool(figures.get("patched") or figures["arms"])
-    figure.set_size_inches(7.5, 9.0 if more else 6.2)
-    axes_of = figure.subplots(3 if more else 2, 2)
-    (phases_axes, law_axes), (unseen_axes, tuning_axes) = axes_of[:2]
+    panels = [["phases", "law"], ["unseen", "tuning"], *([["patched", "groups"], ["arms", "counts"]] if more else [])]
+    figure.set_size_inches(7.5, 3.0 * len(panels))
+    axes_of = figure.subplot_mosaic(panels)
+    phases_axes, law_axes, unseen_axes, tuning_axes = (axes_of[name] for name in ("phases", "law", "unseen", "tuning"))
     for size in (s for s in figures["sizes"] if s["family"] == "transformer"):
         shade = 0.25 + 0.2 * SIZES.index(size["people"]) if size["people"] in SIZES else 1.0
         phases_axes.plot(
@@ -318,20 +294,27 @@ def draw(figures: Figures, figure) -> None:
     law_axes.set_yticks(ticks, [f"{n:,}" for n in ticks])
     law_axes.minorticks_off()
     unseen_axes.set(title=f"{shown:,} people: unseen ones (dashed: seen)")
-    for run, colour in zip(figures["replays"], COLOURS.values(), strict=False):
-        label = f"replay {run['replay']:g}"
-        tuning_axes.plot(run["step"], run["old_attribute_accuracy"], color=colour, label=label)
-        tuning_axes.plot(run["step"], run["new_attribute_accuracy"], color=colour, linestyle="--")
-    tuning_axes.set(
-        title=f"{NEW} new people (dashed) cost old ones", xlabel="step", ylabel="share right", ylim=(-0.03, 1.03)
-    )
+    draw_tuned(tuning_axes, {f"replay {r['replay']:g}": r for r in figures["replays"] if r["people"] == NEW})
+    tuning_axes.set(title=f"{NEW} new people (dashed) cost old ones")
     for axes in (phases_axes, law_axes, unseen_axes, tuning_axes):
         axes.legend(frameon=False)
     if more:
-        draw_more(figures, *axes_of[2])
+        draw_patched(figures, axes_of["patched"])
+        facts_sampling.draw_groups(figures, axes_of["groups"])
+        facts_sampling.draw_arms(figures, axes_of["arms"])
+        draw_tuned(axes_of["counts"], {f"{r['people']:,} new": r for r in figures["replays"] if not r["replay"]})
+        axes_of["counts"].set(title="how many new people (dashed)")
 
 
-def draw_more(figures: Figures, patch_axes, arm_axes) -> None:
+def draw_tuned(axes, runs: dict[str, dict]) -> None:
+    for (label, run), colour in zip(runs.items(), COLOURS.values(), strict=False):
+        axes.plot(run["step"], run["old_attribute_accuracy"], color=colour, label=label)
+        axes.plot(run["step"], run["new_attribute_accuracy"], color=colour, linestyle="--")
+    axes.set(xlabel="step", ylabel="share right", ylim=(-0.03, 1.03))
+    axes.legend(frameon=False)
+
+
+def draw_patched(figures: Figures, patch_axes) -> None:
     for (name, curve), colour in zip(figures.get("patched", {}).items(), COLOURS.values(), strict=False):
         patch_axes.plot(*zip(*curve, strict=True), color=colour, label=name)
     for size in figures["sizes"]:
@@ -342,21 +325,16 @@ def draw_more(figures: Figures, patch_axes, arm_axes) -> None:
     patch_axes.axhline(figures["sizes"][0]["baseline"], color="grey", linestyle=":")
     patch_axes.set(title=f"{KNOWN:,} people: whose attention", xlabel="step", ylabel="attribute loss, nats")
     patch_axes.legend(frameon=False)
-    for place, sampling in enumerate(ARMS):
-        ends = [arm["known_at"] for arm in figures["arms"] if arm["sampling"] == sampling and arm["known_at"]]
-        arm_axes.plot([place] * len(ends), ends, color="black", marker="o", linestyle="", alpha=0.5)
-    arm_axes.set_xticks(range(len(ARMS)), [arm.replace(":", "\n", 1) for arm in ARMS])
-    arm_axes.set(title="2,048 people: end of the plateau", ylabel="step", xlim=(-0.5, len(ARMS) - 0.5))
 
 
 STUDY = Study(
     question="when do models learn facts about people, and what do they say of people they do not know?",
     configs=(
         *(of_size("transformer", people) for people in SIZES),
-        *map(of_replay, REPLAYS),
+        *itertools.starmap(of_replay, TUNED),
         EARLY,
         *(of_size(mixer, people) for mixer in ("griffin", "hawk") for people in SIZES),
-        *(of_arm(sampling, seed) for seed in SEEDS for sampling in ARMS),
+        *(of_arm(sampling, seed) for seed in SEEDS for sampling in (*ARMS, SEQUENTIAL)),
     ),
     full=tuple(of_size(mixer, people, "") for mixer in COLOURS for people in FULL_SIZES),
     measure=measure,
