@@ -166,7 +166,14 @@ def criteria(figures: Figures) -> list[dict[str, Any]]:
 
 # --- what is shown -----------------------------------------------------------------------------------------------------------
 
-# Of the same training loss: what, in words, and how often times what it is.
+# What, in words, how often times what it is, and digits: of tasks in turn, and of the same training loss.
+IN_TURN = {
+    "final": ("final, %", 100, 1),
+    "forgetting": ("lost, %", 100, 1),
+    "effective_rank": ("rank", 1, 1),
+    "class_cosine": ("cosine", 1, 2),
+    "interference": ("gradients", 1, 2),
+}
 SHOWN = {
     "steps": ("steps", 1, 0),
     "accuracy": ("right, %", 100, 1),
@@ -198,15 +205,15 @@ def table(figures: Figures) -> list[str]:
 def in_turn_table(figures: Figures) -> list[str]:
     lines = [f"means (standard errors) of {len(figures['seeds'])} seeds; -: no rate gets there, or all are past it"]
     for protocol, words in PROTOCOLS.items():
-        heads = [f"{name} at {new:g}" for new in NEW for name in ("final, %", "rank", "cosine")]
-        lines += ["", f"{words:<24}" + "".join(f"{head:>17}" for head in heads)]
+        heads = [f"{name} at {new:g}" for new in NEW for name, *_ in IN_TURN.values()]
+        lines += ["", f"{words:<24}" + "".join(f"{head:>16}" for head in heads)]
         for arm, found in figures["in_turn"].items():
             cells = [
                 cell(jackknife(matched(found[protocol], new, name)), times, digits)
                 for new in NEW
-                for name, times, digits in (("final", 100, 1), ("effective_rank", 1, 1), ("class_cosine", 1, 2))
+                for name, (_, times, digits) in IN_TURN.items()
             ]
-            lines.append(f"{arm:<24}" + "".join(f"{one:>17}" for one in cells))
+            lines.append(f"{arm:<24}" + "".join(f"{one:>16}" for one in cells))
     return lines
 
 
