@@ -1,6 +1,7 @@
 """What `podwright study optimizers` trains and measures, an update rule at a time; launch/studies/optimizers.py says which."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -127,8 +128,10 @@ def by_name(rows: list[list[dict[str, float]]]) -> dict[str, list[list[float]]]:
 
 
 def of_features(params: Params, images: jax.Array, labels: np.ndarray) -> dict[str, float]:
-    """Of the last hidden layer."""
+    """Of the last hidden layer; NaN where training diverged."""
     features = np.asarray(activations(params, images)[-2])
+    if not np.all(np.isfinite(features)):
+        return dict.fromkeys(("effective_rank", "participation_ratio", "class_cosine", "dead"), math.nan)
     return {
         "effective_rank": solutions.effective_rank(solutions.centred(features)),
         "participation_ratio": solutions.participation_ratio(features),
