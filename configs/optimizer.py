@@ -50,6 +50,11 @@ class OptimizerConfig(Section):
         low=0,
         changes=("recompile", "checkpoint", "result"),
     )
+    graft: bool = setting(
+        True,
+        "shampoo's steps are as long as Adam's (2002.09018); false: as long as they come, which wants rates of its own",
+        changes=_MATH,
+    )
     ema: float = setting(
         0.0,
         "decay of an average of the parameters, min(ema, (1 + step) / (10 + step)) (2102.06171: 0.99999); 0 for none",
@@ -75,9 +80,15 @@ class OptimizerConfig(Section):
         for name, default in (("sam_share", 1.0), ("sam_ascent", "synced")):
             if not self.sam_rho and getattr(self, name) != default:
                 raise ConfigError(f"{self.show(name)} has no step to climb: give optimizer.sam_rho")
-        for name, default in (("precondition_every", 10), ("precondition_limit", 1024)):
-            if self.name not in ("shampoo", "soap") and getattr(self, name) != default:
-                raise ConfigError(f"{self.show(name)} contradicts {self.show('name')}: only shampoo and soap have it")
+        both = ("shampoo", "soap")
+        for name, default, rules in (
+            ("precondition_every", 10, both),
+            ("precondition_limit", 1024, both),
+            ("graft", True, both[:1]),
+        ):
+            if self.name not in rules and getattr(self, name) != default:
+                only = f"only {' and '.join(rules)} {'have' if len(rules) > 1 else 'has'} it"
+                raise ConfigError(f"{self.show(name)} contradicts {self.show('name')}: {only}")
         if self.power != 1 and self.name != "sgd":
             raise ConfigError(
                 f"{self.show('power')} contradicts {self.show('name')}, which divides by what keeps small weights small: "

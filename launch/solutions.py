@@ -30,6 +30,17 @@ def backward_transfer(accuracies: np.ndarray) -> float:
     return float(np.mean((accuracies[-1] - np.diag(accuracies))[:-1]))
 
 
+def interference(gradients: np.ndarray) -> float:
+    """Mean cosine of the gradient of the task just learned with that of each task before it, where its learning ended.
+
+    gradients (T T P): in row t, after task t was learned, those of the losses of tasks 0 to T - 1. Below 0 a step down the new
+    loss goes up the old one. A gradient of zeros has cosine 0 with all.
+    """
+    lengths = np.linalg.norm(gradients.astype(np.float64), axis=-1, keepdims=True)
+    units = gradients / np.where(lengths > 0, lengths, 1)
+    return float(np.mean([units[new, new] @ units[new, old] for new in range(len(units)) for old in range(new)]))
+
+
 # --- representations: features (N D), a row an example ------------------------------------------------------------------------
 
 

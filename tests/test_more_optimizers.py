@@ -157,6 +157,10 @@ def test_zeros_stay_zeros_only_where_power_propagation_reaches():
             "--optimizer.precondition_every 5 --optimizer.name lion",
             "optimizer.precondition_every=5 contradicts optimizer.name='lion': only shampoo and soap have it",
         ),
+        (
+            "--optimizer.graft false --optimizer.name soap",
+            "optimizer.graft=False contradicts optimizer.name='soap': only shampoo has it",
+        ),
     ],
 )
 def test_a_wrong_combination_is_one_sentence(line, sentence):

@@ -1,4 +1,4 @@
-"""What the study of update rules measures, against closed forms and numpy; how it compares; and that it trains by our rules."""
+"""The study of update rules: that it trains by them, against numpy, and how it compares; test_solutions.py has the measures."""
 
 import functools
 import json
@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import solutions
 from launch.cli import main
 from launch.studies import STUDIES, optimizer_runs, optimizers, small_mlps
 from launch.studies.study import new_figure
-from trainer.sharpness import hessian_product, top_eigenvalue, trace
 
 SIZES = (4, 5, 3, 3)
 
@@ -21,111 +19,6 @@ SIZES = (4, 5, 3, 3)
 def optax_promotes():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-# --- arrays alone ------------------------------------------------------------------------------------------------------------
-
-
-def test_forgetting_is_counted_from_the_best_and_transfer_from_the_first():
-    accuracies = np.array([[0.9, 0.1, 0.2], [0.95, 0.8, 0.2], [0.5, 0.7, 1.0]])
-    assert solutions.new_accuracy(accuracies) == pytest.approx((0.9 + 0.8 + 1.0) / 3)
-    assert solutions.final_accuracy(accuracies) == pytest.approx((0.5 + 0.7 + 1.0) / 3)
-    assert solutions.forgetting(accuracies) == pytest.approx((0.45 + 0.1) / 2)
-    assert solutions.backward_transfer(accuracies) == pytest.approx((-0.4 - 0.1) / 2)
-
-
-def with_singular_values(*values: float) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    left, right = (np.linalg.qr(rng.normal(size=(size, len(values))))[0] for size in (9, 6))
-    return left * np.array(values) @ right.T
-
-
-def test_ranks_of_matrices_of_known_singular_values():
-    assert solutions.effective_rank(with_singular_values(2, 2, 2)) == pytest.approx(3)
-    assert solutions.effective_rank(with_singular_values(5)) == pytest.approx(1)
-    # Shares 1/2, 1/4, 1/4: an entropy of 1.5 bits.
-    assert solutions.effective_rank(with_singular_values(2, 1, 1)) == pytest.approx(2**1.5)
-    assert solutions.stable_rank(with_singular_values(2, 1, 1)) == pytest.approx(6 / 4)
-    assert solutions.effective_rank(np.zeros((3, 2))) == solutions.stable_rank(np.zeros((3, 2))) == 0
-    # Features of mean 0 and covariance diag(4, 1, 1): (4 + 1 + 1)^2 / (16 + 1 + 1); a shift of all changes nothing.
-    features = np.concatenate([np.diag([2.0, 1, 1]), -np.diag([2.0, 1, 1])])
-    assert solutions.participation_ratio(features + 7) == pytest.approx(2)
-    assert solutions.participation_ratio(np.ones((4, 3))) == 0
-
-
-def test_cosines_of_class_means():
-    """Means (1 0), (0 2) and (1 1), pairs at 90, 45 and 45 degrees."""
-    features = np.array([[2.0, 0], [0, 0], [0, 2], [1, 1]])
-    assert solutions.class_cosine(features, np.array([3, 3, 5, 8])) == pytest.approx(2 / 3 / np.sqrt(2))
-    assert solutions.class_cosine(np.array([[1.0, 0], [0, 0]]), np.array([0, 1])) == 0
-    assert solutions.dead_share(np.array([[0, 1, 0, 0], [0, 0, -1, 0]])) == 0.5
-
-
-def test_sparsity_of_known_weights():
-    assert solutions.hoyer(np.array([[3.0, -3], [3, 3]])) == pytest.approx(0)
-    assert solutions.hoyer(np.array([0, 0, -5.0, 0])) == pytest.approx(1)
-    assert solutions.hoyer(np.array([3.0, 4, 0, 0])) == pytest.approx(2 - 7 / 5)
-    assert solutions.near_zero_share(np.array([-200, 1.9, -2.1, 0])) == 0.5
-    weights = np.array([[0.1, -3], [2, -0.5], [1, 0]])
-    np.testing.assert_array_equal(solutions.pruned(weights, 0.5), [[0, -3], [2, 0], [1, 0]])
-    np.testing.assert_array_equal(solutions.pruned(weights, 1), weights)
-    assert np.count_nonzero(solutions.pruned(weights, 0.01)) == 1
-    # Of equal ones no more are kept than were asked for.
-    assert np.count_nonzero(solutions.pruned(np.ones((4, 4)), 0.25)) == 4
-
-
-# --- curvature ---------------------------------------------------------------------------------------------------------------
-
-
-def symmetric(values: np.ndarray) -> np.ndarray:
-    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(len(values), len(values))))[0]
-    return (basis * values @ basis.T).astype(np.float32)
-
-
-def test_products_are_those_of_a_quadratics_hessian():
-    """Of x^T H x / 2, in two leaves; away from 0, where a linear term does not matter."""
-    hessian = symmetric(np.array([3.0, -1, 0.5, 2, 1]))
-
-    def loss(tree):
-        x = jnp.concatenate([tree["a"].ravel(), tree["b"]])
-        return x @ hessian @ x / 2 + 3 * x[0]
-
-    product, size = hessian_product(loss, {"a": jnp.ones((1, 2)), "b": jnp.array([1.0, -2, 0.5])})
-    assert size == 5
-    np.testing.assert_allclose(jax.vmap(product)(jnp.eye(5)), hessian, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("values", "steps", "tolerance"),
-    [
-        (np.array([5.0, -9, 1, 2]), 4, 1e-5),  # all: exact, and the largest, not the largest in size
-        (np.array([-5.0, -1, -2]), 30, 1e-5),  # no more steps than there are
-        (np.repeat([4.0, 1.0], 20), 2, 1e-4),  # two different ones
-        (np.repeat([-4.0, -1.0], 20), 9, 1e-4),  # a space that is used up must not add a 0
-        (np.append(np.linspace(0, 1, 199), 3.0), 20, 1e-3),
-    ],
-)
-def test_lanczos_finds_the_largest_eigenvalue(values, steps, tolerance):
-    hessian = symmetric(values)
-    found = top_eigenvalue(lambda v: hessian @ v, len(values), jax.random.key(0), steps)
-    assert float(found) == pytest.approx(values.max(), rel=tolerance)
-
-
-def test_lanczos_of_nothing_is_nothing():
-    assert float(top_eigenvalue(lambda v: 0 * v, 5, jax.random.key(0), 5)) == 0
-    assert float(top_eigenvalue(lambda v: -2 * v, 5, jax.random.key(0), 5)) == pytest.approx(-2)
-
-
-def test_hutchinsons_estimate():
-    """Exact of a diagonal; else it scatters about the trace by its known variance, neither more nor less."""
-    diagonal = jnp.array([1.0, -2, 5])
-    assert float(trace(lambda v: diagonal * v, 3, jax.random.key(0), 1)) == pytest.approx(4)
-    hessian = symmetric(np.array([3.0, 1, 0.5, -1, 2, 7, 0, 0, 1, 4]))
-    keys = jax.random.split(jax.random.key(1), 100)
-    estimates = np.asarray(jax.jit(jax.vmap(lambda key: trace(lambda v: hessian @ v, 10, key, 20)))(keys))
-    error = np.sqrt(2 * np.sum(np.square(hessian - np.diag(np.diag(hessian)))) / 20)
-    assert abs(estimates.mean() - 17.5) < 4 * error / 10
-    assert 0.75 < estimates.std() / error < 1.25
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------
@@ -175,20 +68,23 @@ def same(got, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("arm", ["sgd", "sgd, sam"])
 def test_tasks_are_learned_in_turn_by_the_rule_at_each_rate_from_each_seed(arm):
-    """Two tasks of three batches, moments kept, against a loop in float64; accuracies counted by hand."""
+    """Two tasks of three batches, moments kept, against a loop in float64; accuracies counted and gradients found by hand."""
     data, rates = toy(), (0.05, 0.2)
     config = optimizers.ARMS[arm][0]
     starts = [small_mlps.initial(seed, SIZES) for seed in (3, 4)]
     rng = np.random.default_rng(9)
     rows = rng.integers(20, size=(2, 2, 3, 8)).astype(np.int32)
     orders = np.array([[[0, 1, 2, 3], [3, 1, 0, 2]]] * 2, np.int32)
-    test = np.arange(20, 30, dtype=np.int32)
-    tested = np.stack([data.labels[test] == 0, data.labels[test] > 0]).astype(np.float32)
-    assert tested.sum(axis=1).min() >= 2
+    train, test = (
+        small_mlps.Counted(own, np.stack([data.labels[own] == 0, data.labels[own] > 0]).astype(np.float32))
+        for own in np.split(np.arange(30, dtype=np.int32), [20])
+    )
+    assert min(own.counts.sum(axis=1).min() for own in (train, test)) >= 2
     on_device = small_mlps.Split(*map(jnp.asarray, data))
     learned = small_mlps.side_by_side(functools.partial(small_mlps.learn_in_turn, config, on_device), of_seeds=5)
-    accuracies, found = learned(
-        jnp.asarray(rates), optimizer_runs.stacked(starts), rows, orders, np.stack([test] * 2), np.stack([tested] * 2)
+    stack = optimizer_runs.stacked
+    accuracies, gradients, found = learned(
+        jnp.asarray(rates), stack(starts), rows, orders, stack([train] * 2), stack([test] * 2)
     )
     for i, rate in enumerate(rates):
         for seed, start in enumerate(starts):
@@ -197,9 +93,14 @@ def test_tasks_are_learned_in_turn_by_the_rule_at_each_rate_from_each_seed(arm):
             end = walked_through(start, data, batches, rate, config.sam_rho)
             same(optimizer_runs.at_place(found, i, seed), end)
             for task in range(2):
-                logits = logits_of(end, data.images[test][:, orders[seed, task]])
-                hits = (logits.argmax(axis=1) == data.labels[test])[tested[task] == 1]
+                images, labels = data.images[:, orders[seed, task]], data.labels
+                own = test.rows[test.counts[task] == 1]
+                hits = logits_of(end, images[own]).argmax(axis=1) == labels[own]
                 assert float(accuracies[i, seed, 1, task]) == pytest.approx(hits.mean())
+                own = train.rows[train.counts[task] == 1]
+                gradient = numpy_gradient(end, images[own], labels[own])[1]
+                flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
+                np.testing.assert_allclose(gradients[i, seed, 1, task], flat, atol=1e-4)
 
 
 def walked_through(params, data, batches, rate, rho):
@@ -269,16 +170,21 @@ def test_every_seed_divides_the_digits_and_draws_its_tasks():
     assert sorted([*train, *test]) == list(range(1797))
     assert (len(train), len(test)) == (1400, 397)
     assert set(test) != set(optimizer_runs.divided(101)[1])
-    rows, orders, _, tested = optimizer_runs.tasks("classes", labels, 100)
+    rows, orders, trained, tested = optimizer_runs.tasks("classes", labels, 100)
     assert [sorted(set(labels[batches.ravel()])) for batches in rows] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    assert tested.sum() == 397
-    assert np.array_equal(labels[test][tested[3] == 1] // 2, np.full(int(tested[3].sum()), 3))
+    for own, of, count in ((trained, train, 1400), (tested, test, 397)):
+        assert np.array_equal(own.rows, of)
+        assert own.counts.sum() == count
+        assert set(labels[of][own.counts[3] == 1]) == {6, 7}
     assert np.array_equal(orders, np.tile(np.arange(64), (5, 1)))
-    permuted, orders, rest, tested = optimizer_runs.tasks("permuted", labels, 100)
+    permuted, orders, trained, tested = optimizer_runs.tasks("permuted", labels, 100)
     assert all(sorted(order) == list(range(64)) for order in orders)
     assert len({tuple(order) for order in orders}) == 5
-    assert tested.all()
-    assert np.array_equal(rest, test)
+    assert trained.counts.all()
+    assert tested.counts.all()
+    assert (trained.counts.shape, tested.counts.shape) == ((5, 1400), (5, 397))
+    assert np.array_equal(trained.rows, train)
+    assert np.array_equal(tested.rows, test)
     assert rows.shape == permuted.shape == (5, 200, 64)
     assert not {*rows.ravel(), *permuted.ravel()} & set(test)
     images = np.asarray(optimizer_runs.load().images)
@@ -313,7 +219,7 @@ def made_up(gain: np.ndarray, pruned: float, unpruned: float = 0.97) -> dict:
     seeds, arms = len(gain), tuple(optimizers.ARMS)
     noise = np.random.default_rng(0).normal(size=seeds) / 10  # the same for all rules: it must not matter
     new = np.repeat([[0.95], [0.98], [0.995]], seeds, axis=1)
-    base = {name: np.full((3, seeds), 0.4).tolist() for name in ("forgetting", "effective_rank", "class_cosine")}
+    base = {name: np.full((3, seeds), 0.4).tolist() for name in optimizers.IN_TURN}
 
     def of(arm: str) -> dict:
         final = 0.5 + noise + (gain if arm == "shampoo" else 0)

@@ -1,5 +1,7 @@
 """Shampoo and SOAP: the papers' formulas in float64, and what must hold of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +48,10 @@ def test_matrices_are_read_off_names():
     assert {(name, shape): matrices(name, shape) for name, shape in expected} == expected
 
 
-def shampoo64(start: np.ndarray, gradients: list[np.ndarray], every: int, sides: str = "LR") -> list[np.ndarray]:
-    """One matrix: averages of G G^T and G^T G, their roots by eigendecomposition, Adam's length."""
+def shampoo64(
+    start: np.ndarray, gradients: list[np.ndarray], every: int, sides: str = "LR", graft: bool = True
+) -> list[np.ndarray]:
+    """One matrix: averages of G G^T and G^T G, their roots by eigendecomposition, Adam's length or the step's own."""
     w, (rows, columns) = start.astype(np.float64), start.shape
     m, v, left, right, found = (
         np.zeros_like(w),
@@ -65,11 +69,11 @@ def shampoo64(start: np.ndarray, gradients: list[np.ndarray], every: int, sides:
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
         left, right = 0.95 * left + 0.05 * g @ g.T, 0.95 * right + 0.05 * g.T @ g
         if (t - 1) % every == 0:
-            a = root(left) if "L" in sides else np.eye(rows)
-            b = root(right) if "R" in sides else np.eye(columns)
+            a = root(left / (1 - 0.95**t)) if "L" in sides else np.eye(rows)
+            b = root(right / (1 - 0.95**t)) if "R" in sides else np.eye(columns)
         adam = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
-        step = a @ m @ b
-        w = w - RATE * (step * np.linalg.norm(adam) / np.linalg.norm(step) + 0.1 * w)
+        step = a @ m @ b / (1 - 0.9**t)
+        w = w - RATE * (step * (np.linalg.norm(adam) / np.linalg.norm(step) if graft else 1) + 0.1 * w)
         found.append(w)
     return found
 
@@ -96,16 +100,24 @@ def soap64(start: np.ndarray, gradients: list[np.ndarray], every: int, sides: st
     return found
 
 
-@pytest.mark.parametrize(("name", "oracle"), [("shampoo", shampoo64), ("soap", soap64)])
+@pytest.mark.parametrize(
+    ("name", "fields", "oracle"),
+    [
+        ("shampoo", {}, shampoo64),
+        ("shampoo", {"graft": False}, functools.partial(shampoo64, graft=False)),
+        ("soap", {}, soap64),
+    ],
+)
 @pytest.mark.parametrize("every", [1, 4])
-def test_it_is_the_papers_in_float64(name, oracle, every):
+def test_it_is_the_papers_in_float64(name, fields, oracle, every):
     """6 x 4 matrices, with both sides and, above the limit, with the shorter alone; vectors take AdamW's steps."""
     # Of full rank from the first gradient on: where eigenvalues are zero, float32 finds another basis of that space.
     start, gradients = PARAMS[KERNEL][:, :4], [tree[KERNEL][:, :4] for tree in GRADIENTS]
-    ours = followed(rule_of(plain(name, precondition_every=every)), {KERNEL: start}, [{KERNEL: g} for g in gradients])
+    rule = rule_of(plain(name, precondition_every=every, **fields))
+    ours = followed(rule, {KERNEL: start}, [{KERNEL: g} for g in gradients])
     for layer in range(3):
         same(only(KERNEL, ours, layer), oracle(start[layer], [g[layer] for g in gradients], every), 2e-4)
-    ours = followed(rule_of(plain(name, precondition_every=every, precondition_limit=5)), PARAMS, GRADIENTS)
+    ours = followed(rule_of(plain(name, precondition_every=every, precondition_limit=5, **fields)), PARAMS, GRADIENTS)
     for layer in range(3):
         expected = oracle(PARAMS[KERNEL][layer], only(KERNEL, GRADIENTS, layer), every, "R")
         same(only(KERNEL, ours, layer), expected, 2e-4)
@@ -196,3 +208,15 @@ def test_shampoo_of_one_side_is_full_matrix_adagrad():
     gradient = GRADIENTS[0][KERNEL][0]
     u, _, v = np.linalg.svd(gradient, full_matrices=False)
     same(directions([gradient], limit=4)[0], u @ v / 2, 1e-4)
+
+
+@pytest.mark.parametrize("limit", [16, 4])
+def test_without_grafting_a_gradient_that_stays_gives_orthogonal_steps_of_one_length(limit):
+    """(G G^T)^-1/4 G (G^T G)^-1/4 = G (G^T G)^-1/2 = U V^T, however long G is and however often it was seen."""
+    gradient = 300 * GRADIENTS[0][KERNEL][0]
+    u, _, v = np.linalg.svd(gradient, full_matrices=False)
+    rule = scale_by_shampoo(0.9, 0.95, 1e-8, 3, limit, graft=False)
+    state, update = rule.init({"kernel": gradient}), jax.jit(rule.update)
+    for _ in range(7):
+        updates, state = update({"kernel": gradient}, state)
+        same(updates["kernel"], u @ v, 2e-4)

@@ -60,7 +60,7 @@ def make_optimizer(
         ],
         "lion": lambda: decayed(optax.scale_by_lion(config.beta1, config.beta2)),
         "muon": lambda: decayed(by_muon(config, decays)),
-        "shampoo": lambda: decayed(scale_by_shampoo(*moments)),
+        "shampoo": lambda: decayed(scale_by_shampoo(*moments, config.graft)),
         "soap": lambda: decayed(scale_by_soap(*moments)),
         # Averages hold only for the steps that are taken, so these are scaled inside.
         "schedule-free": lambda: [

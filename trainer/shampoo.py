@@ -19,11 +19,13 @@ class ShampooState(NamedTuple):
     roots: Any
 
 
-def scale_by_shampoo(beta1: float, beta2: float, eps: float, every: int, limit: int) -> optax.GradientTransformation:
-    """L^(-1/2k) M R^(-1/2k) of each matrix, as long as Adam's update, with L and R averages of G G^T and G^T G.
+def scale_by_shampoo(
+    beta1: float, beta2: float, eps: float, every: int, limit: int, graft: bool = True
+) -> optax.GradientTransformation:
+    """L^(-1/2k) M R^(-1/2k) of each matrix, as long as Adam's update (`graft`), with L and R averages of G G^T and G^T G.
 
     M is the average of gradients G, k the number of sides of at most `limit`, the others being left alone. Where k is 0 the
-    update is Adam's. Roots are found anew every `every` updates.
+    update is Adam's. Roots are found anew every `every` updates. Without `graft` L and R are free of their zero start, as M is.
     """
 
     def init(params):
@@ -44,6 +46,7 @@ def scale_by_shampoo(beta1: float, beta2: float, eps: float, every: int, limit: 
             lambda: state.roots,
         )
         steps = done.astype(jnp.float32)
+        seen = (state.step - state.step % every + 1).astype(jnp.float32)  # gradients that the roots are of
 
         def step(name: str, m: jax.Array, n: jax.Array, roots: Sides) -> jax.Array:
             m = m / (1 - beta1**steps)
@@ -51,6 +54,9 @@ def scale_by_shampoo(beta1: float, beta2: float, eps: float, every: int, limit: 
             if not roots:
                 return adam
             found = between(as_matrices(name, m), roots)
+            if not graft:
+                # k roots of order -1/2k of averages that are each too small by 1 - beta2^seen.
+                return (found * jnp.sqrt(1 - beta2**seen)).reshape(m.shape)
             return (found * lengths(as_matrices(name, adam)) / jnp.maximum(lengths(found), TINY)).reshape(m.shape)
 
         return map_named(step, mu, nu, roots), ShampooState(done, mu, nu, statistics, roots)

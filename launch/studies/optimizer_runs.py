@@ -1,6 +1,7 @@
 """What `podwright study optimizers` trains and measures, an update rule at a time; launch/studies/optimizers.py says which."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from configs.optimizer import OptimizerConfig
 from data.images import load_digits
 from launch import solutions
 from launch.studies.small_mlps import (
+    Counted,
     Params,
     Split,
     activations,
@@ -70,9 +72,8 @@ def at_row(split: Split, rows: np.ndarray) -> Split:
 # --- tasks one after the other -----------------------------------------------------------------------------------------------
 
 
-def tasks(protocol: str, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Batches int32 (T S B) of rows to train on, orders of pixels int32 (T 64), rows to test on int32 (N), and which of them
-    count for each task float32 (T N).
+def tasks(protocol: str, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, Counted, Counted]:
+    """Batches int32 (T S B) of rows to train on, orders of pixels int32 (T 64), and the rows to train and to test on.
 
     "permuted": all digits, the pixels of each task in an order of its own. "classes": 0 and 1, then 2 and 3, ... among all ten
     classes, in their own order.
@@ -80,10 +81,12 @@ def tasks(protocol: str, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.
     rng, (train, test) = np.random.default_rng((seed, 1)), divided(seed)
     if protocol == "permuted":
         orders = np.stack([rng.permutation(64) for _ in range(TASKS)]).astype(np.int32)
-        return rng.choice(train, (TASKS, STEPS, BATCH)), orders, test, np.ones((TASKS, len(test)), np.float32)
+        batches = rng.choice(train, (TASKS, STEPS, BATCH))
+        return batches, orders, *(Counted(own, np.ones((TASKS, len(own)), np.float32)) for own in (train, test))
     rows = np.stack([rng.choice(train[labels[train] // 2 == task], (STEPS, BATCH)) for task in range(TASKS)])
     orders = np.tile(np.arange(64, dtype=np.int32), (TASKS, 1))
-    return rows, orders, test, np.stack([labels[test] // 2 == task for task in range(TASKS)]).astype(np.float32)
+    pairs = np.arange(TASKS)[:, None]
+    return rows, orders, *(Counted(own, (labels[own] // 2 == pairs).astype(np.float32)) for own in (train, test))
 
 
 @functools.cache
@@ -98,21 +101,23 @@ def in_turn(
     """Measures after the last task, each a list by rate of lists by seed."""
     digits = load()
     labels = np.asarray(digits.labels)
-    rows, orders, test, tested = stacked([tasks(protocol, labels, seed) for seed in seeds])
+    rows, orders, train, test = stacked([tasks(protocol, labels, seed) for seed in seeds])
     learned = learning_in_turn(config)
-    accuracies, params = jax.device_get(
-        learned(jnp.asarray(rates, jnp.float32), initials(seeds, SIZES), rows, orders, test, tested)
+    accuracies, gradients, params = jax.device_get(
+        learned(jnp.asarray(rates, jnp.float32), initials(seeds, SIZES), rows, orders, train, test)
     )
 
     def measured(rate: int, seed: int) -> dict[str, float]:
         matrix = accuracies[rate, seed].astype(np.float64)
-        images = digits.images[test[seed]][:, orders[seed, -1]]
+        own = test.rows[seed]
+        images = digits.images[own][:, orders[seed, -1]]
         return {
             "new": solutions.new_accuracy(matrix),
             "final": solutions.final_accuracy(matrix),
             "forgetting": solutions.forgetting(matrix),
             "backward_transfer": solutions.backward_transfer(matrix),
-            **of_features(at_place(params, rate, seed), images, labels[test[seed]]),
+            "interference": solutions.interference(gradients[rate, seed]),
+            **of_features(at_place(params, rate, seed), images, labels[own]),
         }
 
     return by_name([[measured(rate, seed) for seed in range(len(seeds))] for rate in range(len(rates))])
@@ -123,8 +128,10 @@ def by_name(rows: list[list[dict[str, float]]]) -> dict[str, list[list[float]]]:
 
 
 def of_features(params: Params, images: jax.Array, labels: np.ndarray) -> dict[str, float]:
-    """Of the last hidden layer."""
+    """Of the last hidden layer; NaN where training diverged."""
     features = np.asarray(activations(params, images)[-2])
+    if not np.all(np.isfinite(features)):
+        return dict.fromkeys(("effective_rank", "participation_ratio", "class_cosine", "dead"), math.nan)
     return {
         "effective_rank": solutions.effective_rank(solutions.centred(features)),
         "participation_ratio": solutions.participation_ratio(features),

@@ -4,6 +4,7 @@ Functions take one model; the study maps them over seeds and rates. Parameters a
 ..., "head": ...}, images (N I), labels int32 (N).
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,13 @@ Params = dict[str, dict[str, Any]]
 class Split(NamedTuple):
     images: Any
     labels: Any
+
+
+class Counted(NamedTuple):
+    """Rows int32 (N) of images, and which of them count for each task, float32 (T N)."""
+
+    rows: Any
+    counts: Any
 
 
 def initial(seed: int, sizes: tuple[int, ...]) -> Params:
@@ -47,10 +55,10 @@ def activations(params: Params, images: jax.Array) -> list[jax.Array]:
     return [*found[1:], found[-1] @ params["head"]["kernel"] + params["head"]["bias"][None]]
 
 
-def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean nats of the right label."""
+def loss(params: Params, images: jax.Array, labels: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+    """Mean nats of the right label; of the images that count, if not all do."""
     logits = activations(params, images)[-1]
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return jnp.average(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), weights=counts)
 
 
 def right(params: Params, split: Split) -> jax.Array:
@@ -90,18 +98,22 @@ def learn_in_turn(
     params: Params,
     rows: jax.Array,
     orders: jax.Array,
-    test: jax.Array,
-    tested: jax.Array,
-) -> tuple[jax.Array, Params]:
+    train: Counted,
+    test: Counted,
+) -> tuple[jax.Array, jax.Array, Params]:
     """Learns tasks one after the other. Task t has the batches `rows` int32 (T S B) and the order of pixels `orders` int32
-    (T I), and is tested on those of the images `test` int32 (N) where `tested` float32 (T N) is 1.
+    (T I), and is tested on `test`.
 
-    Returns test accuracies (T T) of all tasks after each, and the solution at the end. Moments stay from task to task.
+    Returns, of all tasks after each, test accuracies (T T) and gradients (T T P) of the losses on `train`, and the solution at
+    the end. Moments stay from task to task.
     """
     rule = make_rule(config, rate)
 
-    def accuracy(found: Params, order: jax.Array, counts: jax.Array) -> jax.Array:
-        return jnp.sum(right(found, Split(data.images[test][:, order], data.labels[test])) * counts) / jnp.sum(counts)
+    def measured(found: Params, given: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        order, trained, tested = given
+        hits = right(found, Split(data.images[test.rows][:, order], data.labels[test.rows]))
+        gradient = jax.grad(loss)(found, data.images[train.rows][:, order], data.labels[train.rows], trained)
+        return jnp.average(hits, weights=tested), in_one_row(gradient)
 
     def task(carry, given):
         rows, order = given
@@ -111,10 +123,15 @@ def learn_in_turn(
 
         carry, _ = jax.lax.scan(step, carry, rows)
         found = solution(config, *carry)
-        return carry, jax.vmap(lambda order, counts: accuracy(found, order, counts))(orders, tested)
+        return carry, jax.lax.map(functools.partial(measured, found), (orders, train.counts, test.counts))
 
-    carry, accuracies = jax.lax.scan(task, (params, rule.init(params)), (rows, orders))
-    return accuracies, solution(config, *carry)
+    carry, (accuracies, gradients) = jax.lax.scan(task, (params, rule.init(params)), (rows, orders))
+    return accuracies, gradients, solution(config, *carry)
+
+
+def in_one_row(params: Params) -> jax.Array:
+    """All parameters, (P)."""
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
 def learn_until(
@@ -153,13 +170,12 @@ def learn_until(
 def next_updates(
     config: OptimizerConfig, data: Split, rate: jax.Array, params: Params, state: Any, rows: jax.Array
 ) -> jax.Array:
-    """The updates (S P) of the next batches `rows` int32 (S B), all parameters in one row."""
+    """The updates (S P) of the next batches `rows` int32 (S B)."""
     rule = make_rule(config, rate)
 
     def step(now, rows):
         new = update(config, rule, now, Split(data.images[rows], data.labels[rows]))
-        moved = jax.tree.map(lambda a, b: jnp.ravel(a - b), new[0], now[0])
-        return new, jnp.concatenate(jax.tree.leaves(moved))
+        return new, in_one_row(jax.tree.map(jnp.subtract, new[0], now[0]))
 
     return jax.lax.scan(step, (params, state), rows)[1]
 
