@@ -74,7 +74,7 @@ def probe_page(found: dict[str, Any]) -> str:
             paragraph(CASCADE.format(samples=found["samples"], missing=MISSING)),
         ]
         parts += [table(cv_tables.CASCADE_HEADS, cv_tables.cascade_rows(found))]
-        parts += [verbatim("\n".join(found["portraits"][:SHOWN]))]
+        parts += [verbatim("\n".join(text.strip() for text in found["portraits"][:SHOWN]))]
     parts += [heading("As it was asked")]
     for name, of in found["questions"].items():
         example = of["example"]
