@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 import xml.etree.ElementTree as xml
 
 import jax
@@ -90,6 +91,19 @@ def test_gains_are_those_of_the_same_seed():
     assert facts_sampling.mean_and_error([-10, -30]) == pytest.approx((-20, 10))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "first"),
+    [
+        ([1.0, 0.9, 0.7, 0.5], [0.1, 0.2, 0.29, 0.9], True),
+        ([1.0, 0.9, 0.7, 0.5], [0.1, 0.2, 0.31, 0.9], False),  # new ones have gained 20 points, too
+        ([1.0, 0.9, 0.9, 0.5], [0.1, 0.1, 0.1, 0.2], False),  # only after 200 steps
+    ],
+)
+def test_forgetting_comes_first_if_20_points_are_lost_before_20_are_gained(old, new, first):
+    run = {"step": [0, 100, 200, 300], "old_attribute_accuracy": old, "new_attribute_accuracy": new}
+    assert facts.forgets_first(run) is first
+
+
 def in_turn(learned: tuple[int, ...], forgets: int | None, right: tuple[float, ...] = (0.9,) * 4) -> dict:
     """An arm of four groups that each know nothing for some steps of their turn, then what is `right`, and 0.4 of that from
     `forgets` steps after it on."""
@@ -111,7 +125,8 @@ def test_groups_are_timed_from_the_start_of_their_turn_and_from_its_end():
     assert facts_sampling.forgotten_sooner(arm) == pytest.approx((2 * 30 - 60 + 2 * 30 - 40) / 2)
     assert facts_sampling.learned_in(in_turn((150, 260, 40, 40), 30), 2, 0.45) == math.inf  # after its turn
     assert facts_sampling.forgotten_in(in_turn((150, 60, 40, 40), None), 1)[0] == math.inf
-    assert not facts_sampling.sure([-100, -100, -math.inf])
+    with warnings.catch_warnings(action="error"):  # numpy's, of what is no number
+        assert not facts_sampling.sure([-100, -100, -math.inf])
     assert not facts_sampling.sure([-1, 1, -1])
     assert facts_sampling.sure([-10, -12, -11])
 
