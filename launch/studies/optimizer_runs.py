@@ -82,11 +82,13 @@ def tasks(protocol: str, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.
     if protocol == "permuted":
         orders = np.stack([rng.permutation(64) for _ in range(TASKS)]).astype(np.int32)
         batches = rng.choice(train, (TASKS, STEPS, BATCH))
-        return batches, orders, *(Counted(own, np.ones((TASKS, len(own)), np.float32)) for own in (train, test))
+        of_train, of_test = (Counted(own, np.ones((TASKS, len(own)), np.float32)) for own in (train, test))
+        return batches, orders, of_train, of_test
     rows = np.stack([rng.choice(train[labels[train] // 2 == task], (STEPS, BATCH)) for task in range(TASKS)])
     orders = np.tile(np.arange(64, dtype=np.int32), (TASKS, 1))
     pairs = np.arange(TASKS)[:, None]
-    return rows, orders, *(Counted(own, (labels[own] // 2 == pairs).astype(np.float32)) for own in (train, test))
+    of_train, of_test = (Counted(own, (labels[own] // 2 == pairs).astype(np.float32)) for own in (train, test))
+    return rows, orders, of_train, of_test
 
 
 @functools.cache
