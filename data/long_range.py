@@ -123,8 +123,8 @@ def first_token(config: LongRangeData, split: str, keys: np.ndarray) -> Rows:
 
 
 def matching(config: LongRangeData, split: str, keys: np.ndarray) -> Rows:
-    """Two documents, each with a key somewhere among symbols that are none: whether it is the same. A document has from half
-    of the symbols that there is room for to all."""
+    """Two documents, each with a key at every eighth place on average, and one for sure, among symbols that are none: whether
+    it is the same. A document has from half of the symbols that there is room for to all."""
     count, room = config.num_symbols, config.text_length
     words = mixed(keys[:, None] + mixed(np.arange(2 * (room + 3), dtype=np.uint64))).reshape(len(keys), 2, room + 3)
     drawn = (words[:, :, :3] >> np.uint64(1)).astype(np.int64)
@@ -134,7 +134,9 @@ def matching(config: LongRangeData, split: str, keys: np.ndarray) -> Rows:
     away = (1 - labels) * (1 + drawn[:, 1, 2] // 2 % (count - 1))
     own = np.stack([drawn[:, 0, 2], drawn[:, 0, 2] + away], axis=1) % count
     symbols = (words[:, :, 3:] % np.uint64(count)).astype(np.uint16) + np.uint16(count)
-    np.put_along_axis(symbols, places[:, :, None], own[:, :, None].astype(np.uint16), axis=2)
+    keyed = (words[:, :, 3:] >> np.uint64(20)) % np.uint64(8) == 0
+    np.put_along_axis(keyed, places[:, :, None], True, axis=2)
+    symbols = np.where(keyed, own[:, :, None].astype(np.uint16), symbols)
     texts = [[text[:length] for text, length in zip(*row, strict=True)] for row in zip(symbols, lengths, strict=True)]
     return rows_of(texts, labels, config)
 

@@ -50,12 +50,13 @@ def documents_of(batch: dict[str, np.ndarray], row: int) -> list[list[int]]:
 
 def test_two_documents_match_if_their_keys_do_and_one_alone_tells_nothing():
     batch = open_data(dataclasses.replace(MATCHING, num_symbols=4)).train.read(np.arange(8000))
-    keys, lengths, places = [], [], []
+    keys, lengths, places, shares = [], [], [], []
     for row in range(8000):
         documents = documents_of(batch, row)
         for document in documents:
-            (place,) = np.flatnonzero(np.array(document) < 4)
-            places.append(place / len(document))
+            (key,) = set(document) & {0, 1, 2, 3}
+            places.append((np.array(document) == key) @ np.linspace(0, 1, len(document)) / document.count(key))
+            shares.append((document.count(key), len(document)))
         lengths.append([len(document) for document in documents])
         keys.append([min(document) for document in documents])
     (one, two), labels = np.transpose(keys), batch["labels"]
@@ -68,7 +69,9 @@ def test_two_documents_match_if_their_keys_do_and_one_alone_tells_nothing():
     others = np.bincount((two - one)[labels == 0] % 4, minlength=4)
     assert others[0] == 0
     assert ((others[1:] - others.sum() / 3) ** 2 / (others.sum() / 3)).sum() < 18.4  # the same point, 2 degrees
-    assert np.mean(np.array(places) < 0.5) == pytest.approx(0.5, abs=0.02)
+    assert np.mean(places) == pytest.approx(0.5, abs=0.01)
+    found, symbols = np.sum(shares, axis=0)  # one place for sure, of the others one in 8
+    assert (found - 16000) / (symbols - 16000) == pytest.approx(1 / 8, abs=0.005)
 
 
 def test_pairs_are_halves_of_a_row_with_positions_of_their_own():
