@@ -161,6 +161,18 @@ def is_schedule_free(node) -> bool:
     return type(node).__name__ == "ScheduleFreeState"
 
 
+def test_a_network_that_diverged_has_no_measures():
+    params = small_mlps.initial(3, SIZES)
+    params["hidden_1"]["kernel"][0, 0] = np.inf
+    images, labels = toy()
+    found = optimizer_runs.of_features(params, jnp.asarray(images), labels)
+    assert all(np.isnan(value) for value in found.values())
+    params["hidden_1"]["kernel"][0, 0] = 1
+    finite = optimizer_runs.of_features(params, jnp.asarray(images), labels)
+    assert finite.keys() == found.keys()
+    assert np.isfinite(list(finite.values())).all()
+
+
 # --- data --------------------------------------------------------------------------------------------------------------------
 
 
