@@ -79,16 +79,17 @@ def tasks(protocol: str, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.
     classes, in their own order.
     """
     rng, (train, test) = np.random.default_rng((seed, 1)), divided(seed)
+
+    def counted(own: np.ndarray) -> Counted:
+        pairs = labels[own] // 2 == np.arange(TASKS)[:, None]
+        return Counted(own, (pairs if protocol == "classes" else np.ones_like(pairs)).astype(np.float32))
+
     if protocol == "permuted":
         orders = np.stack([rng.permutation(64) for _ in range(TASKS)]).astype(np.int32)
-        batches = rng.choice(train, (TASKS, STEPS, BATCH))
-        of_train, of_test = (Counted(own, np.ones((TASKS, len(own)), np.float32)) for own in (train, test))
-        return batches, orders, of_train, of_test
+        return rng.choice(train, (TASKS, STEPS, BATCH)), orders, counted(train), counted(test)
     rows = np.stack([rng.choice(train[labels[train] // 2 == task], (STEPS, BATCH)) for task in range(TASKS)])
     orders = np.tile(np.arange(64, dtype=np.int32), (TASKS, 1))
-    pairs = np.arange(TASKS)[:, None]
-    of_train, of_test = (Counted(own, (labels[own] // 2 == pairs).astype(np.float32)) for own in (train, test))
-    return rows, orders, of_train, of_test
+    return rows, orders, counted(train), counted(test)
 
 
 @functools.cache
