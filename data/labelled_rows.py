@@ -29,7 +29,7 @@ def rows_of(texts: Sequence[Sequence[np.ndarray]], labels: np.ndarray, config: L
     """Rows of a text each, or of two: one after the other with a separator between them, or a half of the row each
     (data.inputs='pairs'). What a text has more than there is room for is cut off."""
     symbols, room = np.zeros((len(texts), config.sequence_length), np.uint16), config.text_length
-    lengths = []
+    lengths: list[int | list[int]] = []
     for row, own in zip(symbols, texts, strict=True):
         parts = [text[:room] for text in own]
         if config.inputs == "pairs":
