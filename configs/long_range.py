@@ -235,7 +235,7 @@ MLP_WIDTHS = {"listops": 80, "first-token": 22}  # with which a Transformer has 
 def transformer(name: str) -> Callable[[], Config]:
     def experiment() -> Config:
         config = tiny(name)()
-        data, lru = TINY[name][0], config.model
+        lru = config.model
         assert isinstance(lru, LRUConfig)
         model = GriffinConfig(
             vocab_size=lru.vocab_size,
@@ -244,7 +244,7 @@ def transformer(name: str) -> Callable[[], Config]:
             rnn_width=lru.width,
             mlp_width=MLP_WIDTHS[name],
             pattern=("attn",),
-            window=data.sequence_length,
+            window=512,  # more than any row, the longer ones of the study included
         )
         return dataclasses.replace(config, name=f"{config.name}-transformer", model=model)
 

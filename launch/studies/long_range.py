@@ -148,8 +148,9 @@ def draw(figures: Figures, figure, title: str) -> None:
     axis = figure.subplots()
     for arm, found in figures["arms"].items():
         accuracy, colour = np.array(found["accuracy"]), COLOURS[arm]
-        axis.plot(found["steps"], accuracy.mean(axis=0), color=colour, label=arm, marker="o", markersize=3)
-        axis.fill_between(found["steps"], accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=0.15, lw=0)
+        mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=1) / len(accuracy) ** 0.5
+        axis.plot(found["steps"], mean, color=colour, label=arm, marker="o", markersize=3)
+        axis.fill_between(found["steps"], mean - error, mean + error, color=colour, alpha=0.15, lw=0)
     axis.axhline(figures["chance"], color="grey", linestyle=":", label="the most frequent label")
     axis.set(title=title, xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.03))
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
