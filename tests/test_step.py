@@ -25,6 +25,7 @@ MESHES = {
     "griffin-tiny": MeshConfig(data=2, fsdp=2, tensor=2),
     "gemma-tiny": MeshConfig(data=2, fsdp=2, tensor=2),
     "lru-tiny": MeshConfig(fsdp=2, sequence=2, tensor=2),
+    "lra-matching-tiny": MeshConfig(fsdp=2, sequence=2, tensor=2),
     "nfnet-tiny": MeshConfig(replica=2, data=2, fsdp=2),
 }
 
@@ -61,7 +62,7 @@ def three_steps(name: str, sizes: MeshConfig | None) -> tuple[list[dict], dict[s
 def test_three_steps_on_eight_devices_give_the_losses_of_one(name):
     """Their gradients, on many more meshes, are in test_meshes.py."""
     expected, expected_sums = three_steps(name, None)
-    outputs = {"griffin-tiny": 264, "gemma-tiny": 264, "lru-tiny": 264, "nfnet-tiny": 10}[name]
+    outputs = {"griffin-tiny": 264, "gemma-tiny": 264, "lru-tiny": 264, "lra-matching-tiny": 2, "nfnet-tiny": 10}[name]
     assert expected[0]["loss"] == pytest.approx(math.log(outputs), rel=0.15)  # of a uniform guess
     got, got_sums = three_steps(name, MESHES[name])
     for one, many in zip(expected, got, strict=True):
