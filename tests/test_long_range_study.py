@@ -63,6 +63,18 @@ def test_a_study_gives_accuracies_by_seed_with_their_mean_and_error(monkeypatch,
     assert [line.get_label() for line in figure.axes[0].get_lines()[:3]] == list(figures["arms"])
 
 
+@pytest.mark.parametrize("name", ["first-token", "listops"])
+@pytest.mark.parametrize("full", [False, True])
+def test_whatever_is_trained_is_tabulated_and_drawn(name, full):
+    study = STUDIES[name]
+    arms = dict.fromkeys(long_range.ARMS[words] for words in (study.full if full else study.configs))
+    found = {arm: {"steps": [1], "accuracy": [[0.5], [0.75], [0.25]], "first_loss": [2.0, 2.0, 2.0]} for arm in arms}
+    lines = study.table({"arms": found, "chance": 0.125})
+    assert sum(" 0.144 " in line for line in lines) == len(arms)
+    assert sum(line.startswith(("met ", "NOT MET ")) for line in lines) >= 2
+    study.draw({"arms": found, "chance": 0.125}, new_figure())
+
+
 def made_up(**ends: list[float]) -> dict:
     """Figures of a study with these accuracies at the end, by seed."""
     return {"arms": {arm: {"accuracy": [[0.0, one] for one in of]} for arm, of in ends.items()}, "chance": 0.125}
