@@ -21,6 +21,13 @@ hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture
+def optax_promotes():
+    """optax mixes dtypes and ranks itself; everything of ours is held to the strict rules by the other tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def one_device():
     """A mesh of one device, current for the test."""
     mesh = one_device_mesh()

@@ -33,11 +33,7 @@ from trainer.imported import counts
 from trainer.program import make_program
 from trainer.tasks import make_task
 
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def config_of(family: str, name: str, mesh: MeshConfig):

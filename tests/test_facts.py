@@ -16,7 +16,7 @@ from configs.store import to_json
 from data import open_data
 from launch.studies import STUDIES, facts, facts_sampling
 from launch.studies.facts_patching import all_maps, patched_logits, patched_nats
-from launch.studies.study import new_figure
+from launch.studies.study import mean_and_error, new_figure
 from sharding.mesh import one_device_mesh
 from sharding.rules import rules_for
 from trainer.evaluate import place_batch
@@ -88,7 +88,7 @@ def test_gains_are_those_of_the_same_seed():
         {"sampling": "power:0.8", "seed": 12, "known_at": 100},  # has no uniform run beside it
     ]
     assert facts_sampling.gains(arms, "power:0.8") == [-10, -30]
-    assert facts_sampling.mean_and_error([-10, -30]) == pytest.approx((-20, 10))
+    assert mean_and_error([-10, -30]) == pytest.approx((-20, 10))
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,7 @@ from configs.schema import ConfigError
 from sharding.arithmetic import MOMENTS
 from trainer.optimizers import make_optimizer, make_schedule, power_propagated, schedule_free_average
 
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def test_lion_is_optaxs():

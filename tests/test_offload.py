@@ -24,10 +24,7 @@ WORDS = f"{SMALL['griffin-tiny']} --data.batch_size 8 --eval.batches 1 --mesh.da
 MOMENTS = ["--optimizer.offload", "true"]
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.mark.slow

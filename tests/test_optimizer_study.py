@@ -15,10 +15,7 @@ from launch.studies.study import new_figure
 SIZES = (4, 5, 3, 3)
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------

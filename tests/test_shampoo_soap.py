@@ -24,11 +24,7 @@ from trainer.matrices import matrices
 from trainer.shampoo import scale_by_shampoo
 from trainer.soap import scale_by_soap
 
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def test_matrices_are_read_off_names():

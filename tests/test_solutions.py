@@ -8,11 +8,7 @@ import pytest
 from launch import solutions
 from trainer.sharpness import hessian_product, top_eigenvalue, trace
 
-
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 # --- arrays alone ------------------------------------------------------------------------------------------------------------

@@ -30,11 +30,7 @@ MESHES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    """optax mixes dtypes and ranks itself; everything of ours is held to the strict rules by the other tests."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def three_steps(name: str, sizes: MeshConfig | None) -> tuple[list[dict], dict[str, float]]:

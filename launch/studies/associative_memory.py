@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.studies.study import Figures, Study
+from launch.studies.study import Figures, Study, mean_and_error
 
 # Frozen before the study ran, as are the criteria below. The seeds of the pilot were 0 and 1.
 SEEDS = (10, 11, 12, 13, 14)
@@ -93,10 +93,6 @@ def early_loss(figures: Figures, record: dict[str, Any]) -> np.ndarray:
     return old[:, 0] - old[:, np.array(figures["step"]) <= EARLY].min(axis=1)
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
 def points(values: np.ndarray) -> str:
     mean, error = mean_and_error(100 * np.asarray(values))
     return f"{mean:.1f} ({error:.1f})"
@@ -105,7 +101,7 @@ def points(values: np.ndarray) -> str:
 def above(values: np.ndarray) -> bool:
     """Whether the mean of seeds is above 0 by 2 standard errors."""
     mean, error = mean_and_error(values)
-    return mean > 2 * error
+    return bool(mean > 2 * error)
 
 
 def criteria(figures: Figures) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launch.studies.study import Figures
+from launch.studies.study import Figures, mean_and_error
 
 PEOPLE, STEPS, SEEDS = 2048, 1000, (10, 11, 12, 13, 14)
 ARMS = ("uniform", "power:0.8", "warmup:512:128", "warmup:512:256", "celebrities:128:8", "celebrities:512:8")
@@ -27,13 +27,6 @@ def gains(arms: list[dict], sampling: str) -> list[int]:
     at = {(arm["sampling"], arm["seed"]): arm["known_at"] for arm in arms}
     pairs = [(at.get((sampling, seed)), at.get(("uniform", seed))) for seed in SEEDS]
     return [one - other for one, other in pairs if one and other]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, infinite of one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
-        values
-    ) > 1 else math.inf
 
 
 def right_of(arm: dict, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +85,7 @@ def sure(differences: Sequence[float]) -> bool:
     if not np.isfinite(differences).all():
         return False
     mean, error = mean_and_error(differences)
-    return mean < -2 * error
+    return bool(mean < -2 * error)
 
 
 def table(figures: Figures) -> list[str]:

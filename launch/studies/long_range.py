@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from launch.studies.study import Figures, Study
+from launch.studies.study import Figures, Study, mean_and_error
 
 # Models of one size, by their words without a learning rate.
 STEPS = {
@@ -94,30 +94,22 @@ def majority(config) -> float:
     return float(np.bincount(labels).max() / len(labels))
 
 
-def less(figures: Figures, one: str, other: str) -> tuple[float, float]:
-    """Accuracy at the end of one model less that of another, with the same seeds: mean and standard error."""
-    ends = [np.array(figures["arms"][arm]["accuracy"])[:, -1] for arm in (one, other)]
-    return mean_and_error(ends[0] - ends[1])
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
-def at_the_end(figures: Figures, arm: str) -> float:
-    return mean_and_error(np.array(figures["arms"][arm]["accuracy"])[:, -1])[0]
+def at_the_end(figures: Figures, arm: str) -> np.ndarray:
+    """Accuracies, a seed each."""
+    return np.array(figures["arms"][arm]["accuracy"])[:, -1]
 
 
 def beats(figures: Figures, one: str, other: str) -> bool:
-    difference, error = less(figures, one, other)
-    return difference > 2 * error
+    """Whether one model is above another by two standard errors, seed by seed."""
+    difference, error = mean_and_error(at_the_end(figures, one) - at_the_end(figures, other))
+    return bool(difference > 2 * error)
 
 
 def first_token_criteria(figures: Figures) -> dict[str, bool]:
     order = ("linear RNN", "diagonal", "exponential", "exponential, ring", "LRU")
     return {
-        "LRU: at least 0.95": at_the_end(figures, "LRU") >= 0.95,
-        "moduli of at most 0.9: at most 0.25": at_the_end(figures, "exponential, at most 0.9") <= 0.25,
+        "LRU: at least 0.95": at_the_end(figures, "LRU").mean() >= 0.95,
+        "moduli of at most 0.9: at most 0.25": at_the_end(figures, "exponential, at most 0.9").mean() <= 0.25,
         "LRU over the vanilla RNN by two standard errors": beats(figures, "LRU", "vanilla RNN, tanh"),
         "LRU over the Transformer by two standard errors": beats(figures, "LRU", "Transformer"),
         "no step from linear RNN to LRU costs two standard errors": not any(
@@ -129,7 +121,7 @@ def first_token_criteria(figures: Figures) -> dict[str, bool]:
 def listops_criteria(figures: Figures) -> dict[str, bool]:
     """Of --full, which has no Transformer, two of the three."""
     found = {
-        "LRU: 15 points over the most frequent value": at_the_end(figures, "LRU") >= figures["chance"] + 0.15,
+        "LRU: 15 points over the most frequent value": at_the_end(figures, "LRU").mean() >= figures["chance"] + 0.15,
         "LRU over the vanilla RNN by two standard errors": beats(figures, "LRU", "vanilla RNN, tanh"),
     }
     if "Transformer" in figures["arms"]:
@@ -140,7 +132,7 @@ def listops_criteria(figures: Figures) -> dict[str, bool]:
 def table(figures: Figures, criteria: Callable[[Figures], dict[str, bool]]) -> list[str]:
     lines = [f"{'':<26}{'held-out accuracy by seed':>32}{'mean':>8}{'s.e.':>7}{'loss of step 1':>16}"]
     for arm, found in figures["arms"].items():
-        last = np.array(found["accuracy"])[:, -1]
+        last = at_the_end(figures, arm)
         by_seed, (mean, error) = " ".join(f"{one:.3f}" for one in last), mean_and_error(last)
         lines.append(f"{arm:<26}{by_seed:>32}{mean:8.3f}{error:7.3f}{np.mean(found['first_loss']):16.3f}")
     lines += [f"the most frequent label alone: {figures['chance']:.3f}", ""]
@@ -150,8 +142,7 @@ def table(figures: Figures, criteria: Callable[[Figures], dict[str, bool]]) -> l
 def draw(figures: Figures, figure, title: str) -> None:
     axis = figure.subplots()
     for arm, found in figures["arms"].items():
-        accuracy, colour = np.array(found["accuracy"]), COLOURS[arm]
-        mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=1) / len(accuracy) ** 0.5
+        (mean, error), colour = mean_and_error(found["accuracy"]), COLOURS[arm]
         axis.plot(found["steps"], mean, color=colour, label=arm, marker="o", markersize=3)
         axis.fill_between(found["steps"], mean - error, mean + error, color=colour, alpha=0.15, lw=0)
     axis.axhline(figures["chance"], color="grey", linestyle=":", label="the most frequent label")

@@ -1,10 +1,13 @@
 """What a study is: runs to train, figures to take from them, a table and a plot of the figures."""
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from configs.schema import Config, ConfigError
 
@@ -34,6 +37,13 @@ class Study:
 def family(config: str) -> str:
     """Hawk, griffin or transformer, from a config's name."""
     return next(name for name in COLOURS if name in config)
+
+
+def mean_and_error(values: Any) -> tuple[Any, Any]:
+    """Over the first axis: the mean, and its standard error, infinite of one value."""
+    values = np.asarray(values)
+    error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return values.mean(axis=0), error
 
 
 def new_figure():
