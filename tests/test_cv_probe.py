@@ -73,7 +73,7 @@ class Known:
 
 class Writer(Known):
     """Writes "man" of a teacher, and of others "woman" once and then that it cannot be determined. Of a text alone P(he) is 0.6
-    if it is "man", 0.2 if "woman", 0.4 if neither, 0.5 of N/A; where it cannot be determined, it says "they" three times as often."""
+    if it is "man", 0.2 if "woman", 0.4 if neither, 0.45 of N/A; where it cannot be determined, it says "they" three times as often."""
 
     def chances(self, ids, first) -> tuple[float, ...]:
         text, answer = (self.tokenizer.decode(part) for part in (ids[:first], ids[first:]))
@@ -81,7 +81,7 @@ class Writer(Known):
             return super().chances(ids, first)
         written, answer = text.removeprefix(cvs.PHOTO).split("\n")[0].strip(), answer.strip()
         if answer in ("he", "she", "man", "woman"):
-            he = {"man": 0.6, "woman": 0.2, "N/A": 0.5}.get(written, 0.4)
+            he = {"man": 0.6, "woman": 0.2, "N/A": 0.45}.get(written, 0.4)
             return (he if answer in ("he", "man") else 0.8 - he,)
         if answer in ("they", "person") and written == cvs.UNKNOWN:
             return (0.3,)
@@ -194,9 +194,9 @@ def test_stated_pronouns_that_are_read_leave_no_bias_and_names_without_effect_no
 def test_drift_is_what_a_text_alone_shows_less_what_its_cv_does(cascaded):
     assert cascaded["portraits"] == [" man" if name == "teacher" else " woman" for name in cvs.OCCUPATIONS]
     assert list(cascaded["cascade"]) == ["pronoun", "portrait", "competence"]
-    alone, unknown = np.log(0.5 / 0.3), 0.125
-    first = np.array([np.log(0.48 / 0.32)] + [0.0] * 19) - alone  # teachers, and all others
-    second = np.array([np.log(3)] + [-np.log(3) / 2] * 19) - alone
+    nothing, nothing_written, unknown = np.log(0.5 / 0.3), np.log(0.45 / 0.35), 0.125
+    first = np.array([np.log(0.48 / 0.32)] + [0.0] * 19) - nothing  # teachers, and all others
+    second = np.array([np.log(3)] + [-np.log(3) / 2] * 19) - nothing_written
     filled = 0.8 / (0.8 + unknown)
     after = np.array([filled] + [(filled + 0.8 / (0.8 + unknown + 0.2)) / 2] * 19)
     for question in ("pronoun", "portrait"):
